@@ -1,0 +1,1 @@
+"""bgray: sweeps you can trust for audio models."""
