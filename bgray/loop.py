@@ -1,0 +1,177 @@
+"""The training loop: steps, precision, clipping, validation, report. It knows torch; no Ray, no
+files."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bgray.data import Batch
+from bgray.optim import set_lr
+from bgray.probes import Clock
+
+FULL_SCALE = 32768.0
+
+
+class NotFinite(RuntimeError):
+    """The loss or its gradient became NaN or infinite; says at which step."""
+
+    def __init__(self, step: int, seed: int):
+        super().__init__(
+            f"loss or gradient not finite at step {step} (batch {step - 1} of seed {seed}); "
+            "lower optim.lr, clip harder with train.grad_clip, or look at that batch with --local"
+        )
+        self.step, self.seed = step, seed
+
+    def __reduce__(self):
+        return NotFinite, (self.step, self.seed)
+
+
+@dataclass(frozen=True)
+class Every:
+    """Steps between the loop's side jobs; each also happens after the last step."""
+
+    log: int = 10
+    evaluate: int = 1000
+    checkpoint: int = 1000
+
+
+@dataclass
+class State:
+    """Where the loop is; with model and optimizer, all that a restart needs: the data position is
+    `step`."""
+
+    step: int = 0
+    """Steps done."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Of what is logged, since the last log line."""
+    count: int = 0
+
+
+def fit(
+    model: nn.Module,
+    loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    report: Callable[[str, int, dict[str, Any]], None],
+    state: State | None = None,
+    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    save: Callable[[State], None] | None = None,
+    every: Every = Every(),  # noqa: B008 (frozen)
+    schedule: Callable[[int, int], float] = lambda step, steps: 1.0,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    bf16: bool = False,
+    grad_clip: float | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    clock: Clock | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    average: Callable[[Tensor], Tensor] = lambda values: values,
+) -> State:
+    """Train `model` from state.step to `steps`, in place.
+
+    model: inputs (B, C, T) -> estimate (B, S, C, T). loss: (estimate, target) -> (total, {part:
+    0-d tensor}).
+    batches: yields Batch for step, step+1, ...; a gap is an error.
+    report(kind, step, values): "train" each `every.log` steps (means since the last line),
+    "validation" after
+      evaluate(model, step), "done" with nothing once the step is checkpointed. Whatever it raises
+      ends the loop.
+    stop: asked after every step; once it is true the state is saved and returned early.
+    average: of a small tensor over the DDP ranks.
+    Raises NotFinite at the first log step after a loss that is not finite, naming the exact step.
+    """
+    state = state or State()
+    clock = clock or Clock(device)
+    bad = torch.full((), -1, dtype=torch.long, device=device)
+    model.train()
+    clock.start()
+    iterator = iter(batches)
+    while state.step < steps:
+        with clock.waiting():
+            batch = next(iterator, None)
+        if batch is None or batch.step != state.step:
+            came = "the stream ended" if batch is None else f"step {batch.step} came"
+            raise RuntimeError(f"the batch of step {state.step} was due, but {came}")
+        # Dropout and the like draw from (seed, step, rank), so a resumed run draws what the
+        # unbroken one did.
+        torch.manual_seed((seed * 1_000_003 + state.step) * 65_537 + rank)
+        inputs, targets = to_device(batch.inputs, device), to_device(batch.targets, device)
+        scale = schedule(state.step, steps)
+        set_lr(optimizer, scale)
+
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+            estimate = model(inputs)  # (B, S, C, T)
+        total, parts = loss(estimate.float(), targets)
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        logged = {"loss": total.detach(), **{f"loss_{name}": part for name, part in parts.items()}}
+        if grad_clip is not None:
+            logged["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), grad_clip).detach()
+        optimizer.step()
+        state.step += 1
+
+        # Remembered on the device: asking here whether it is finite would make every step wait for
+        # the GPU.
+        finite = torch.isfinite(logged["loss"]) & torch.isfinite(
+            logged.get("grad_norm", logged["loss"])
+        )
+        bad = torch.where((bad < 0) & ~finite, state.step, bad)
+        for name, value in logged.items():
+            state.sums[name] = state.sums[name] + value if name in state.sums else value
+        state.count += 1
+        clock.step()
+
+        last = state.step == steps
+        evaluating = evaluate is not None and (state.step % every.evaluate == 0 or last)
+        saving = save is not None and (state.step % every.checkpoint == 0 or last)
+        if state.step % every.log == 0 or evaluating or saving:
+            _stop_if(bad, seed, average)
+        if state.step % every.log == 0 or last:
+            clock.read()
+            report("train", state.step, {**_means(state, average), "lr_scale": scale})
+        if evaluating:
+            with clock.apart():
+                report("validation", state.step, evaluate(model, state.step))
+                model.train()
+        if saving:
+            with clock.apart():
+                save(state)
+        if evaluating or last:
+            report("done", state.step, {})
+        if not last and stop():
+            if save is not None and not saving:
+                with clock.apart():
+                    save(state)
+            break
+    return state
+
+
+def to_device(samples: Any, device: torch.device) -> Tensor:
+    """int16 samples to float32 in [-1, 1) on the device; int16 is what crosses the bus.
+
+    Copied first: batches may be shared memory that other readers see, and must never be written to.
+    """
+    tensor = torch.empty(samples.shape, dtype=torch.int16, pin_memory=device.type == "cuda")
+    tensor.numpy()[...] = samples
+    return tensor.to(device, non_blocking=True).to(torch.float32) / FULL_SCALE
+
+
+def _means(state: State, average: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    names = list(state.sums)
+    values = average(torch.stack([state.sums[name].double() for name in names]) / state.count)
+    state.sums, state.count = {}, 0
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def _stop_if(bad: Tensor, seed: int, average: Callable[[Tensor], Tensor]) -> None:
+    # The mean over ranks is above -1 as soon as any rank saw one, so all ranks stop together.
+    step = average(bad.double()).item()
+    if step > -1 or math.isnan(step):
+        raise NotFinite(max(1, round(bad.item() if bad.item() > 0 else step)), seed)
