@@ -1,0 +1,418 @@
+"""Work units: a batch is a pure function of (recipe, step); a thread here and Ray Data run the
+same function.
+
+A unit is a few row groups of the shards, taken in a seeded permutation. Each of its chunks is
+decoded once
+and many crops are cut from it, spread over several batches. Row k of unit u is drawn with a
+generator keyed
+by (seed, u, k), never by worker, process or time: so a run resumes at any step, every trial of a
+sweep sees
+the same data, and the number of workers changes nothing.
+"""
+
+import contextlib
+import functools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bgray import shards
+from bgray.config import ConfigError
+
+# Keys of generators that must never meet: (seed, purpose, index ...).
+PERMUTATION, CHUNK_ORDER, ROW = 0, 1, 2
+
+
+class Batch(NamedTuple):
+    """One training step's examples; int16, because that is what travels and what the files hold."""
+
+    step: int
+    """Counted from 0."""
+    inputs: np.ndarray
+    """(B, C, T) int16, full scale is 32768; may be read-only."""
+    targets: np.ndarray
+    """(B, S, C, T) int16."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines the training stream; small, picklable, the same on every
+    machine."""
+
+    url: str
+    groups: tuple[tuple[str, int], ...]
+    """(shard name, row group) of the training split, in manifest order."""
+    task: Any
+    augment: tuple[Any, ...]
+    sample_rate: int
+    segment: int
+    batch_size: int
+    """Over all ranks."""
+    seed: int
+    groups_per_unit: int
+    batches_per_unit: int
+
+    def unit_of(self, step: int) -> int:
+        return step // self.batches_per_unit
+
+
+class Chunk:
+    """One shard row whose voices are decoded when first asked for."""
+
+    def __init__(self, row: "shards.Row", sample_rate: int):
+        self.row, self.sample_rate = row, sample_rate
+        self._decoded: dict[str, np.ndarray] = {}
+
+    @property
+    def frames(self) -> int:
+        return self.row.frames
+
+    def crop_start(self, length: int, rng: np.random.Generator | None) -> int:
+        """First sample of a crop: random, or the centre without `rng`; 0 where the chunk is
+        shorter."""
+        slack = max(0, self.frames - length)
+        return slack // 2 if rng is None else int(rng.integers(0, slack + 1))
+
+    def crop(self, voice: str, start: int, length: int) -> np.ndarray:
+        """(C, length) int16 from `start`; zeros before the chunk's beginning and after its end."""
+        if voice not in self._decoded:
+            self._decoded[voice] = shards.decode_flac(self.row.voices[voice])
+        audio = self._decoded[voice]
+        low, high = max(0, start), min(audio.shape[1], start + length)
+        if (low, high) == (start, start + length):
+            return audio[:, low:high]
+        out = np.zeros((audio.shape[0], length), np.int16)
+        if high > low:
+            out[:, low - start : high - start] = audio[:, low:high]
+        return out
+
+
+def read_groups(recipe: Recipe, unit: int) -> list[Chunk]:
+    """The chunks of a unit in their drawn order: groups from a fresh permutation at each pass over
+    the data."""
+    chunks = []
+    count = len(recipe.groups)
+    for position in range(unit * recipe.groups_per_unit, (unit + 1) * recipe.groups_per_unit):
+        permutation = _permutation(recipe.seed, position // count, count)
+        shard, index = recipe.groups[permutation[position % count]]
+        rows = shards.read_row_group(recipe.url, shard, index, voices=recipe.task.voices)
+        chunks += [Chunk(row, recipe.sample_rate) for row in rows]
+    order = np.random.default_rng([recipe.seed, CHUNK_ORDER, unit]).permutation(len(chunks))
+    return [chunks[i] for i in order]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, PERMUTATION, epoch]).permutation(count)
+
+
+def make_unit(
+    recipe: Recipe, unit: int, rank: int = 0, world: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank's share of every batch of a unit: inputs (n, B/world, C, T) and targets (n, B/world, S,
+    C, T), int16.
+
+    Rows of a batch are spread evenly over the unit's chunks, in order, so that a rank decodes only
+    its own chunks.
+    """
+    chunks = read_groups(recipe, unit)
+    share = recipe.batch_size // world
+    inputs, targets = [], []
+    for batch in range(recipe.batches_per_unit):
+        for row in range(rank * share, (rank + 1) * share):
+            k = batch * recipe.batch_size + row
+            if len(chunks) <= recipe.batch_size:
+                index = row * len(chunks) // recipe.batch_size
+            else:
+                index = k % len(chunks)
+            rng = np.random.default_rng([recipe.seed, ROW, unit, k])
+            x, y = recipe.task.example(chunks, index, rng, recipe.segment)
+            x, y = _augment(recipe, x, y, rng)
+            inputs.append(x)
+            targets.append(y)
+    shape = (recipe.batches_per_unit, share)
+    stacked_x, stacked_y = np.stack(inputs), np.stack(targets)
+    return (
+        stacked_x.reshape(*shape, *stacked_x.shape[1:]),  # (n, B, C, T)
+        stacked_y.reshape(*shape, *stacked_y.shape[1:]),  # (n, B, S, C, T)
+    )
+
+
+def _augment(recipe: Recipe, x: np.ndarray, y: np.ndarray, rng: np.random.Generator):
+    """The same draw for the input and every source of the target: (C, T) and (S, C, T), int16 in
+    and out."""
+    if not recipe.augment:
+        return x, y
+    voices = [x.astype(np.float32) / 32768, *(source.astype(np.float32) / 32768 for source in y)]
+    for transform in recipe.augment:
+        draw = transform.draw(rng)
+        voices = [transform.apply(voice, draw, recipe.sample_rate) for voice in voices]
+    # One gain for all of them where any would clip, so that input and target still belong together.
+    peak = max(float(np.abs(voice).max(initial=0)) for voice in voices)
+    scale = 32768 * min(1.0, 32767 / 32768 / max(peak, 1e-9))
+    x, *sources = (np.rint(voice * scale).astype(np.int16) for voice in voices)
+    return x, np.stack(sources)
+
+
+# --- feeds: the same units, made here or by Ray Data
+
+
+def in_process(
+    recipe: Recipe, start: int, stop: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """Batches of steps [start, stop), made by the thread that asks."""
+    for unit in range(recipe.unit_of(start), recipe.unit_of(stop - 1) + 1):
+        yield from _batches(recipe, unit, *make_unit(recipe, unit, rank, world), start, stop)
+
+
+def on_ray(
+    recipe: Recipe,
+    start: int,
+    stop: int,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    workers: int | None = None,
+    cpus: float = 1,
+) -> Iterator[Batch]:
+    """The same batches from Ray Data tasks on any CPU node: one execution from `start` to `stop`.
+
+    workers: tasks at a time (null: as many as there are CPUs); cpus: what each of them asks for.
+    """
+    import ray
+
+    first, last = recipe.unit_of(start), recipe.unit_of(stop - 1)
+    count = last - first + 1
+    dataset = ray.data.range(count, override_num_blocks=count).map_batches(
+        _unit_block,
+        batch_size=1,
+        fn_kwargs={"recipe": recipe, "first": first, "rank": rank, "world": world},
+        num_cpus=cpus,
+        concurrency=workers,
+    )
+    # A work unit must arrive in its turn, whichever task finishes first.
+    dataset.context.execution_options.preserve_order = True
+    blocks = iter(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
+    expected = first
+    try:
+        for block in blocks:
+            units = np.unique(block["unit"])
+            if units.tolist() != [expected] or len(block["unit"]) != recipe.batches_per_unit:
+                raise RuntimeError(
+                    f"Ray Data delivered units {units.tolist()} with {len(block['unit'])} "
+                    f"batches where unit {expected} "
+                    f"with {recipe.batches_per_unit} was due: blocks were dropped or reordered"
+                )
+            yield from _batches(recipe, expected, block["inputs"], block["targets"], start, stop)
+            expected += 1
+        if expected != last + 1:
+            raise RuntimeError(
+                f"Ray Data ended after unit {expected - 1}; unit {last} was to be the last"
+            )
+    finally:
+        close = getattr(blocks, "close", None)
+        if close:
+            close()
+
+
+def _unit_block(rows: dict[str, np.ndarray], *, recipe: Recipe, first: int, rank: int, world: int):
+    (unit,) = (int(i) + first for i in rows["id"])
+    inputs, targets = make_unit(recipe, unit, rank, world)
+    return {"unit": np.full(len(inputs), unit), "inputs": inputs, "targets": targets}
+
+
+def _batches(
+    recipe: Recipe, unit: int, inputs: np.ndarray, targets: np.ndarray, start: int, stop: int
+):
+    for i in range(recipe.batches_per_unit):
+        step = unit * recipe.batches_per_unit + i
+        if start <= step < stop:
+            yield Batch(step, inputs[i], targets[i])
+
+
+class Prefetched:
+    """Runs an iterator of batches in a thread, a few ahead, and says why when nothing comes for a
+    while.
+
+    on_stall(seconds) is called each time `stall_seconds` pass without a batch; after 20 of them,
+    TimeoutError.
+    Errors of the iterator are raised where the batch is asked for. Use as a context manager:
+    leaving stops the thread.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        *,
+        ahead: int = 4,
+        stall_seconds: float = 30.0,
+        on_stall: Callable[[float], None] = lambda seconds: None,
+    ):
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self._batches, self._stall_seconds, self._on_stall = batches, stall_seconds, on_stall
+        self._thread = threading.Thread(target=self._work, name="bgray-feed", daemon=True)
+
+    def __enter__(self) -> "Prefetched":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        self._thread.join(timeout=10)
+
+    def _put(self, item: Any) -> bool:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=0.1)
+                return True
+        return False
+
+    def _work(self) -> None:
+        try:
+            for batch in self._batches:
+                if not self._put(batch):
+                    break
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+        finally:
+            close = getattr(self._batches, "close", None)
+            if close:
+                close()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            item = self._get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def _get(self) -> Any:
+        for stalls in range(1, 21):
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=self._stall_seconds)
+            self._on_stall(stalls * self._stall_seconds)
+        raise TimeoutError(
+            f"no batch for {20 * self._stall_seconds:.0f} s; see the reasons given above"
+        )
+
+
+# --- validation
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A frozen set of items: which chunk, and its centre crop of `segment` samples. Every item is
+    scored."""
+
+    url: str
+    task: Any
+    sample_rate: int
+    segment: int
+    items: tuple[tuple[str, str, int, int], ...]
+    """(key and start of the chunk for people, shard, row group, row)."""
+
+    @property
+    def listing(self) -> dict[str, Any]:
+        """As written to validation-<hash>.json and hashed."""
+        return {
+            "segment": self.segment,
+            "sample_rate": self.sample_rate,
+            "task": {"name": type(self.task).__name__, **vars(self.task)},
+            "items": [
+                dict(zip(("chunk", "shard", "row_group", "row"), i, strict=True))
+                for i in self.items
+            ],
+        }
+
+    def load(self, rank: int = 0, world: int = 1) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(item number, input (C, T), target (S, C, T)) of every `world`-th item from `rank`,
+        int16."""
+        reader = _Reader(self.url, self.task, self.sample_rate)
+        return [
+            (number, *reader.centre_crop(*self.items[number][1:], self.segment))
+            for number in range(rank, len(self.items), world)
+        ]
+
+
+class _Reader:
+    """Examples without randomness from single chunks; keeps the row group that was read last."""
+
+    def __init__(self, url: str, task: Any, sample_rate: int):
+        self.task = task
+
+        @functools.lru_cache(maxsize=2)
+        def chunks(shard: str, group: int) -> list[Chunk]:
+            rows = shards.read_row_group(url, shard, group, voices=task.voices)
+            return [Chunk(row, sample_rate) for row in rows]
+
+        self._chunks = chunks
+
+    def centre_crop(
+        self, shard: str, group: int, row: int, length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return self.task.example(self._chunks(shard, group), row, None, length)
+
+
+SILENCE_DBFS = -60.0
+"""A target crop with less RMS than this is no validation item: relative distances to silence have
+no meaning."""
+
+
+def validation_set(
+    manifest: "shards.Manifest", url: str, task: Any, segment: int, items: int
+) -> Validation:
+    """At most `items` chunks of the validation split, evenly spaced in the order of their keys,
+    silent crops left out.
+
+    ConfigError when every crop is silent.
+    """
+    chunks = []
+    for shard in manifest.shards:
+        if shard.split == "validation":
+            for group in range(shard.row_groups):
+                for row, r in enumerate(shards.read_row_group(url, shard.name, group, voices=())):
+                    chunks.append((r.key, r.start, shard.name, group, row))
+    chunks.sort()
+    reader = _Reader(url, task, manifest.sample_rate)
+    count = min(items, len(chunks))
+    # Evenly spaced ones first; the others stand in, in order, where one of them is silent.
+    first = [i * len(chunks) // count for i in range(count)]
+    picked: list[int] = []
+    for i in [*first, *sorted(set(range(len(chunks))) - set(first))]:
+        if len(picked) == count:
+            break
+        _, target = reader.centre_crop(*chunks[i][2:], segment)
+        if np.sqrt(np.mean(np.square(target / 32768))) >= 10 ** (SILENCE_DBFS / 20):
+            picked.append(i)
+    if not picked:
+        raise ConfigError(
+            url, [("", f"all {len(chunks)} validation crops of {segment} samples are silent")]
+        )
+    return Validation(
+        url=url,
+        task=task,
+        sample_rate=manifest.sample_rate,
+        segment=segment,
+        items=tuple((f"{chunks[i][0]} @{chunks[i][1]}", *chunks[i][2:]) for i in sorted(picked)),
+    )
+
+
+def training_recipe(manifest: "shards.Manifest", url: str, task: Any, **options: Any) -> Recipe:
+    """The recipe over the training split of a manifest; `options` are Recipe's remaining fields."""
+    groups = [
+        (s.name, g) for s in manifest.shards if s.split == "train" for g in range(s.row_groups)
+    ]
+    return Recipe(
+        url=url, groups=tuple(groups), task=task, sample_rate=manifest.sample_rate, **options
+    )

@@ -1,0 +1,288 @@
+"""Train one experiment: in this process (--local), or on Ray Train with DDP over its workers.
+
+python -m bgray.train EXPERIMENT.yaml [--local] [--describe] [--set path.to.key=value ...]
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bgray import storage
+from bgray.config import ConfigError, Experiment
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bgray.train", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("experiment", help="YAML file; of a sweep, its base is trained")
+    parser.add_argument(
+        "--local",
+        action="store_true",
+        help="this process, no Ray: breakpoints work, Ctrl-C checkpoints",
+    )
+    parser.add_argument(
+        "--describe", action="store_true", help="print one JSON object about it and start nothing"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override, e.g. model.kernels=[7,23,41]",
+    )
+    args = parser.parse_args(argv)
+    with errors_in_one_line():
+        from bgray.experiment import describe, load
+
+        experiment = absolute(load(args.experiment, tuple(args.set)))
+        if args.describe:
+            print(json.dumps(describe(experiment), indent=1))
+        elif args.local:
+            train_local(experiment)
+        else:
+            train_on_ray(experiment)
+
+
+def absolute(experiment: Experiment) -> Experiment:
+    """Local folders as absolute paths, for workers have other working directories."""
+
+    def full(path: str) -> str:
+        return path if storage.is_remote(path) else str(Path(path).expanduser().absolute())
+
+    runtime = dataclasses.replace(
+        experiment.runtime,
+        results=full(experiment.runtime.results),
+        cache=full(experiment.runtime.cache),
+    )
+    data = experiment.data
+    if data.path != "builtin":
+        data = dataclasses.replace(data, path=full(data.path))
+    return dataclasses.replace(experiment, runtime=runtime, data=data)
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """What a person can mend ends in its message and exit code 2, without a traceback."""
+    try:
+        yield
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        # Full disk, no permission, storage that does not answer: say what and where; what is
+        # written stays.
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(
+            f"error: {error.strerror or error}{where}; mend that and run the same command "
+            "again: it continues"
+        )
+
+
+@contextlib.contextmanager
+def ctrl_c_asks_first(say: Callable[[str], None] = print) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C asks for a stop at the next step, with a checkpoint; the second one
+    interrupts at once."""
+    asked = False
+
+    def handler(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        say("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once")
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# --- here
+
+
+def train_local(experiment: Experiment) -> dict[str, Any]:
+    """Train in this process; returns the last metrics. Ctrl-C once leaves a checkpoint to go on
+    from."""
+    from bgray.console import bar
+    from bgray.experiment import prepare_data
+    from bgray.trial import Context, pick_device, run_trial
+
+    board = board_of(experiment)
+    with bar(board.console, "preparing data") as progress:
+        prepared = prepare_data(experiment, progress=progress)
+    with ctrl_c_asks_first() as stop, board.live():
+        context = Context(
+            device=pick_device(experiment.runtime.device),
+            threads=experiment.runtime.threads or os.cpu_count() or 1,
+            stop=stop,
+            warn=board.console.print,
+        )
+        latest = run_trial(experiment, prepared, context)
+    closing(board)
+    return latest
+
+
+def board_of(experiment: Experiment):
+    """The console of a single run."""
+    from bgray.console import Board, Row
+    from bgray.experiment import build_task, identity, run_url
+
+    metric = next(iter(build_task(experiment).scores))
+    row = Row(identity(experiment), experiment.name, run_url(experiment), experiment.train.steps)
+    return Board(experiment.name, [row], metric)
+
+
+def closing(board: Any) -> None:
+    """The last words: numbers against doing nothing, and where everything is."""
+    row = board.rows[0]
+    row.refresh()
+    metrics, baseline = row.info.get("metrics", {}), row.info.get("baseline", {})
+    for name, value in baseline.items():
+        if name in metrics:
+            board.console.print(
+                f"{name} {metrics[name]:.4f} at step {metrics['step']} (unprocessed input: "
+                f"{value:.4f})"
+            )
+    if row.state == "interrupted":
+        board.console.print("interrupted: the same command goes on from the checkpoint")
+    elif row.info.get("reason"):
+        board.console.print(f"{row.state}: {row.info['reason']}", markup=False)
+    board.console.print(f"in {row.url}", soft_wrap=True)
+
+
+# --- on Ray Train
+
+
+def train_on_ray(experiment: Experiment) -> None:
+    """Train on Ray Train with `runtime.workers` workers; the run's folder is the result."""
+    from bgray.cluster import ray_session
+    from bgray.console import bar
+    from bgray.experiment import identity, prepare_data
+    from bgray.records import ENDED, recorded_failure
+
+    board = board_of(experiment)
+    with bar(board.console, "preparing data") as progress:
+        prepare_data(experiment, workers=None, progress=progress)
+    board.rows[0].refresh()
+    if board.rows[0].state in ENDED:
+        board.console.print("already done:")
+        closing(board)
+        return
+    with ray_session() as ray:
+        cpus = ray.cluster_resources().get("CPU", 1) / experiment.runtime.workers
+        with board.live(), recorded_failure(board.rows[0].url):
+            fit_workers(experiment, identity(experiment), cpus=0.75 * cpus)
+    closing(board)
+    if board.rows[0].state != "finished":
+        sys.exit(1)
+
+
+def fit_workers(
+    experiment: Experiment,
+    run_id: str,
+    *,
+    cpus: float,
+    callbacks: tuple[Any, ...] = (),
+    stop_url: str | None = None,
+):
+    """One TorchTrainer.fit: DDP over the experiment's workers; raises what ended it."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    warnings.filterwarnings("ignore", module="ray")
+    runtime = experiment.runtime
+    use_gpu = runtime.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+    per_worker: dict[str, float] = {"CPU": runtime.cpus or max(0.1, round(cpus, 2))}
+    if use_gpu:
+        per_worker["GPU"] = runtime.gpus
+    path, filesystem = ray_storage(experiment)
+    TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "experiment": experiment,
+            "threads": runtime.threads or max(1, int(cpus)),
+            "stop_url": stop_url,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=runtime.workers, use_gpu=use_gpu, resources_per_worker=per_worker
+        ),
+        run_config=RunConfig(
+            name=run_id,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=2),
+            callbacks=list(callbacks),
+        ),
+    ).fit()
+
+
+def ray_storage(experiment: Experiment) -> tuple[str, Any]:
+    """Where Ray keeps its own files: a hidden folder beside the runs. (path, pyarrow file system
+    or None)"""
+    url = storage.join(experiment.runtime.results, experiment.name, ".ray")
+    if not storage.is_remote(url):
+        return url, None
+    import pyarrow.fs
+
+    fs, path = storage.filesystem(
+        url
+    )  # s3fs, which honours AWS_ENDPOINT_URL; pyarrow's own S3 client does not
+    return path, pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Runs on every Train worker."""
+    import ray.train
+
+    from bgray.experiment import prepare_data
+    from bgray.trial import Context, choose_feed, pick_device, run_to_its_end
+
+    experiment: Experiment = config["experiment"]
+    context = ray.train.get_context()
+    feed, data_cpus, reason = choose_feed(experiment)
+    run_to_its_end(
+        experiment,
+        prepare_data(experiment),
+        Context(
+            rank=context.get_world_rank(),
+            world=context.get_world_size(),
+            device=pick_device(experiment.runtime.device),
+            threads=config["threads"],
+            feed=feed,
+            feed_reason=reason,
+            data_cpus=data_cpus,
+            report=lambda step, metrics: ray.train.report(metrics),
+            stop=stop_asked(config["stop_url"]),
+        ),
+    )
+
+
+def stop_asked(url: str | None, seconds: float = 1.0) -> Callable[[], bool]:
+    """Whether the driver has asked for a stop, by a file that every worker can see; looks at most
+    once a second."""
+    import time
+
+    last, seen = 0.0, False
+
+    def ask() -> bool:
+        nonlocal last, seen
+        if url and not seen and time.monotonic() - last > seconds:
+            last, seen = time.monotonic(), storage.exists(url)
+        return seen
+
+    return ask
+
+
+if __name__ == "__main__":
+    from bgray.train import main  # so that Ray pickles bgray.train.*, not __main__.*, by reference
+
+    main()

@@ -1,0 +1,457 @@
+"""One training run: from an experiment and a context (here, in a Tune trial, on a Train worker) to
+its folder."""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from bgray import checkpoint, data, probes, storage
+from bgray.config import Experiment, digest
+from bgray.experiment import (
+    Prepared,
+    build_loss,
+    build_model,
+    build_optimizer,
+    build_recipe,
+    build_schedule,
+    build_task,
+    build_validation,
+    data_hash,
+    num_parameters,
+    run_url,
+)
+from bgray.loop import Every, NotFinite, State, fit, to_device
+from bgray.optim import describe_groups
+from bgray.records import ITEMS, METRICS, TIMING, Run, read_lines, reason
+
+
+@dataclass
+class Context:
+    """Where a run runs. The three kinds differ in these few values only."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    threads: int = 1
+    """torch threads on the CPU."""
+    feed: str = "process"
+    """Who makes batches: `ray` or `process`."""
+    feed_reason: str = "asked for by the caller"
+    data_cpus: float = 1.0
+    """CPUs that each Ray Data task asks for."""
+    report: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None
+    """Called on every rank once a step is evaluated and checkpointed; Tune may end the run
+    inside."""
+    stop: Callable[[], bool] = lambda: False
+    warn: Callable[[str], None] = print
+
+
+def pick_device(wanted: str) -> torch.device:
+    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def choose_feed(experiment: Experiment) -> tuple[str, float, str]:
+    """(feed, CPUs per Ray Data task, why) for a worker of a Ray session."""
+    import ray
+
+    cpus = ray.cluster_resources().get("CPU", 0)
+    data_cpus = 1.0 if cpus >= 4 else 0.25
+    wanted = experiment.runtime.feed
+    if wanted != "auto":
+        return wanted, data_cpus, f"runtime.feed={wanted}"
+    if cpus >= 8:
+        return "ray", data_cpus, f"{cpus:g} CPUs: Ray Data can keep up with the training beside it"
+    # A work unit costs 0.4 ms CPU an example; an execution of Ray Data about 5 s CPU, and a CPU
+    # that trials hold.
+    return (
+        "process",
+        data_cpus,
+        f"{cpus:g} CPUs: too few to share with Ray Data, a thread of the trial is cheaper",
+    )
+
+
+def run_to_its_end(experiment: Experiment, prepared: Prepared, context: Context) -> None:
+    """`run_trial` for Ray: a loss that is not finite, or too little GPU memory, is a result and
+    not an error to retry."""
+    with contextlib.suppress(NotFinite, torch.cuda.OutOfMemoryError):
+        run_trial(experiment, prepared, context)
+
+
+def set_numerics(experiment: Experiment, context: Context) -> None:
+    """Precision and threads of this process; everything that a warm worker may have inherited is
+    set."""
+    precision = experiment.train.precision
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.benchmark = context.device.type == "cuda"
+    torch.set_num_threads(context.threads)
+    probes.reset_memory(context.device)
+
+
+def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> dict[str, Any]:
+    """Train, or go on from the last checkpoint, and leave everything in the run's folder; returns
+    the last metrics.
+
+    Raises what ends a run early, after run.json says so.
+    """
+    set_numerics(experiment, context)
+    url = run_url(experiment)
+    torch.manual_seed(experiment.train.seed)
+    model = build_model(experiment).to(context.device)
+    optimizer = build_optimizer(experiment, model)
+    run = Run(url, experiment, data_hash(experiment)) if context.rank == 0 else None
+    saved = checkpoint.load(url, context.device)
+    state, clock = State(), probes.Clock(context.device)
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = State(saved["step"], saved["sums"], saved["count"])
+        clock.restore(saved["clock"])
+    session = _Session(experiment, prepared, context, run, model, optimizer, clock)
+    session.begin(state)
+    try:
+        session.replay(state)
+        state = session.train(state)
+    except BaseException as error:
+        session.ended_by(error)
+        raise
+    session.end(state)
+    return session.latest
+
+
+class _Session:
+    """The callbacks that `fit` gets: what they share."""
+
+    def __init__(self, experiment, prepared, context, run, model, optimizer, clock):
+        self.experiment: Experiment = experiment
+        self.prepared: Prepared = prepared
+        self.context: Context = context
+        self.run: Run | None = run
+        self.model: nn.Module = model
+        self.optimizer: torch.optim.Optimizer = optimizer
+        self.clock: probes.Clock = clock
+        self.task = build_task(experiment)
+        self.score = self.task.scorer(experiment.data.sample_rate)
+        self.validation = build_validation(experiment, prepared)
+        self.items = self.validation.load(context.rank, context.world)
+        # The listening set: some of the items, evenly spread, the same at every evaluation of
+        # every trial.
+        items, clips = (
+            len(self.validation.items),
+            min(experiment.validation.clips, len(self.validation.items)),
+        )
+        self.listening = {i * items // clips for i in range(clips)}
+        self.latest: dict[str, Any] = {}
+        self.compiled = "no"
+
+    # --- beginning and end ---
+
+    def begin(self, state: State) -> None:
+        baseline = self._scores(lambda inputs: self.task.baseline(inputs))
+        for number, inputs, targets in self.items:
+            if number in self.listening:
+                self._clip(f"{number:03d}-input", inputs[None])
+                self._clip(f"{number:03d}-target", targets)
+        if self.run is None:
+            return
+        listing = {"data": self.prepared.manifest.hash, **self.validation.listing}
+        listing_hash = digest(listing)[:12]
+        folder = storage.join(self.experiment.runtime.results, self.experiment.name)
+        listing_url = storage.join(folder, f"validation-{listing_hash}.json")
+        if not storage.exists(listing_url):
+            storage.write_bytes(listing_url, _json(listing))
+        self.run.begin(
+            state.step,
+            name=self.experiment.name,
+            steps=self.experiment.train.steps,
+            parameters=num_parameters(self.model),
+            optimizer_groups=describe_groups(self.optimizer),
+            data_hash=data_hash(self.experiment),
+            manifest_hash=self.prepared.manifest.hash,
+            validation=listing_hash,
+            validation_items=len(self.validation.items),
+            baseline={name: float(np.mean(values)) for name, values in baseline.items()},
+            baseline_items=baseline,
+            seed=self.experiment.train.seed,
+            device=str(self.context.device),
+            workers=self.context.world,
+            threads=self.context.threads,
+            feed=self.context.feed,
+            feed_reason=self.context.feed_reason,
+            step=state.step,
+        )
+
+    def replay(self, state: State) -> None:
+        """Tell the scheduler what an earlier try of this run had reached, so that its rungs
+        stand."""
+        for step, metrics in evaluations(run_url(self.experiment)):
+            if step <= state.step:
+                self.latest = metrics
+                self.context.report(step, metrics)
+
+    def end(self, state: State) -> None:
+        if self.run is None:
+            return
+        finished = state.step >= self.experiment.train.steps
+        self._finish(
+            "finished" if finished else "interrupted", state.step, None if finished else "Ctrl-C"
+        )
+
+    def ended_by(self, error: BaseException) -> None:
+        """Say in run.json how it ended. SystemExit is Tune's way of stopping a trial."""
+        if self.run is None:
+            return
+        if isinstance(error, NotFinite):
+            self._finish("diverged", error.step, str(error))
+        elif isinstance(error, torch.cuda.OutOfMemoryError):
+            peak = probes.memory(self.context.device)["vram_reserved_gib"]
+            self._finish(
+                "out_of_memory",
+                None,
+                f"out of GPU memory with {peak} GiB reserved; lower train.batch_size",
+            )
+        elif isinstance(error, SystemExit):
+            if (
+                self.run.info["state"] != "finished"
+            ):  # Tune also ends a trial that has reached its last step
+                self._finish("stopped", self.latest.get("step"), "pruned by ASHA")
+        elif isinstance(error, KeyboardInterrupt):
+            self._finish("interrupted", None, "Ctrl-C")
+        else:
+            # A full disk is the likeliest cause: then even this line cannot be written, and the
+            # first error counts.
+            with contextlib.suppress(OSError):
+                self._finish("failed", None, reason(error))
+
+    def _finish(self, state: str, step: int | None, reason: str | None) -> None:
+        assert self.run is not None
+        self.run.flush()
+        known = {} if step is None else {"step": step}
+        self.run.update(
+            state=state,
+            reason=reason,
+            metrics=self.latest,
+            timing=self.clock.summary(),
+            compiled=self.compiled,
+            **known,
+        )
+
+    # --- the loop ---
+
+    def train(self, state: State) -> State:
+        experiment, context = self.experiment, self.context
+        train = experiment.train
+        every = Every(
+            log=experiment.runtime.log_every,
+            evaluate=experiment.validation.every,
+            checkpoint=experiment.runtime.checkpoint_every or experiment.validation.every,
+        )
+        if state.step >= train.steps:
+            return state
+        with data.Prefetched(
+            self._feed(state.step),
+            stall_seconds=experiment.runtime.stall_seconds,
+            on_stall=self._on_stall,
+        ) as batches:
+            return fit(
+                self._wrapped(),
+                build_loss(experiment).to(context.device),
+                self.optimizer,
+                batches,
+                steps=train.steps,
+                report=self._report,
+                state=state,
+                evaluate=self._evaluate,
+                save=self._save,
+                every=every,
+                schedule=build_schedule(experiment),
+                device=context.device,
+                bf16=train.precision == "bf16",
+                grad_clip=train.grad_clip,
+                seed=train.seed,
+                rank=context.rank,
+                clock=self.clock,
+                stop=self._stop_together() if context.world > 1 else context.stop,
+                average=_average_over_ranks if context.world > 1 else lambda values: values,
+            )
+
+    def _stop_together(self) -> Callable[[], bool]:
+        """Ranks must leave at the same step, so they ask each other, every `log_every` steps."""
+        asked = 0
+
+        def stop() -> bool:
+            nonlocal asked
+            asked += 1
+            if asked % self.experiment.runtime.log_every:
+                return False
+            flag = torch.tensor(float(self.context.stop()), device=self.context.device)
+            return bool(_average_over_ranks(flag).item() > 0)
+
+        return stop
+
+    def _wrapped(self) -> nn.Module:
+        model: Any = self.model
+        if self.experiment.runtime.compile:
+            model = torch.compile(model)
+            self.compiled = "default"
+        if self.context.world > 1:
+            devices = [self.context.device] if self.context.device.type == "cuda" else None
+            model = nn.parallel.DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        return model
+
+    def _feed(self, start: int) -> Iterator[data.Batch]:
+        recipe = build_recipe(self.experiment, self.prepared)
+        stop, context = self.experiment.train.steps, self.context
+        if context.feed == "process":
+            return data.in_process(recipe, start, stop, context.rank, context.world)
+        return data.on_ray(
+            recipe,
+            start,
+            stop,
+            context.rank,
+            context.world,
+            workers=self.experiment.runtime.data_workers,
+            cpus=context.data_cpus,
+        )
+
+    def _on_stall(self, seconds: float) -> None:
+        text = f"no batch for {seconds:.0f} s"
+        if self.context.feed == "ray":
+            import ray
+
+            total, free = (
+                ray.cluster_resources().get("CPU", 0),
+                ray.available_resources().get("CPU", 0),
+            )
+            need = self.context.data_cpus
+            text += f": Ray Data needs {need:g} CPU a task; {free:g} of {total:g} are free"
+            if free < need:
+                text += " (trials hold the rest: lower runtime.cpus or runtime.concurrency"
+                text += ", or set runtime.feed=process)"
+        else:
+            text += f": a work unit takes longer than that, or {self.prepared.url} does not answer"
+        self.context.warn(text)
+        if self.run is not None:
+            self.run.update(warnings=[*self.run.info.get("warnings", []), text][-20:])
+
+    def _report(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if kind == "done":
+            if self.run is not None and step >= self.experiment.train.steps:
+                self._finish("finished", step, None)
+            elif self.run is not None:
+                self.run.update(step=step, metrics=self.latest, timing=self.clock.summary())
+            self.context.report(step, {**self.latest, "step": step})
+        elif self.run is not None:
+            if kind == "train":
+                self.run.append(METRICS, {"step": step, **values})
+                self.run.append(TIMING, {"step": step, **self.clock.summary()})
+            else:
+                self.run.append(METRICS, {"step": step, "val": values})
+                self.run.flush()
+        if kind == "validation":
+            self.latest = {"step": step, **values}
+
+    def _save(self, state: State) -> None:
+        if self.run is None:
+            return
+        self.run.flush()
+        checkpoint.save(
+            self.run.url,
+            state.step,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": state.step,
+                "sums": state.sums,
+                "count": state.count,
+                "clock": self.clock.state(),
+            },
+        )
+
+    # --- validation ---
+
+    def _evaluate(self, _: nn.Module, step: int) -> dict[str, float]:
+        self.model.eval()
+        bf16 = self.experiment.train.precision == "bf16"
+
+        def estimate(inputs: Tensor) -> Tensor:
+            with (
+                torch.autocast(self.context.device.type, torch.bfloat16)
+                if bf16
+                else contextlib.nullcontext()
+            ):
+                return self.model(inputs).float()
+
+        scores = self._scores(estimate, f"step-{step:06d}")
+        if self.run is not None:
+            self.run.append(ITEMS, {"step": step, **scores})
+        return {name: float(np.mean(values)) for name, values in scores.items()}
+
+    def _scores(
+        self, estimate: Callable[[Tensor], Tensor], clip: str | None = None
+    ) -> dict[str, list[float]]:
+        """Per item, in the order of the frozen list, gathered from all ranks."""
+        found: dict[int, dict[str, float]] = {}
+        with torch.no_grad():
+            for number, inputs, targets in self.items:
+                x = to_device(inputs[None], self.context.device)  # (1, C, T)
+                y = to_device(targets[None], self.context.device)  # (1, S, C, T)
+                output = estimate(x)
+                found[number] = {
+                    name: value.item() for name, value in self.score(output, y).items()
+                }
+                if clip and number in self.listening:
+                    self._clip(f"{number:03d}-{clip}", output[0].float().cpu().numpy())
+        if self.context.world > 1:
+            gathered: list[Any] = [None] * self.context.world
+            torch.distributed.all_gather_object(gathered, found)
+            found = {number: scores for part in gathered for number, scores in part.items()}
+        order = sorted(found)
+        return {name: [round(found[n][name], 6) for n in order] for name in self.task.scores}
+
+    def _clip(self, name: str, sources: np.ndarray) -> None:
+        """(S, C, T) as one WAV per source; louder than full scale is clipped, not rescaled, as it
+        would be heard."""
+        for label, audio in zip(self.task.sources, sources, strict=len(sources) > 1):
+            if audio.dtype != np.int16:
+                audio = np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int16)
+            buffer = io.BytesIO()
+            soundfile.write(
+                buffer, audio.T, self.experiment.data.sample_rate, format="WAV", subtype="PCM_16"
+            )
+            suffix = f"-{label}" if len(sources) > 1 else ""
+            # Not through the record, which only rank 0 has: each rank writes the clips of its
+            # items.
+            url = storage.join(run_url(self.experiment), "clips", f"{name}{suffix}.wav")
+            storage.write_bytes(url, buffer.getvalue())
+
+
+def evaluations(url: str) -> list[tuple[int, dict[str, Any]]]:
+    """(step, metrics) of every evaluation in a run's folder, as reported to Tune."""
+    lines = read_lines(storage.join(url, METRICS))
+    return [
+        (line["step"], {"step": line["step"], **line["val"]}) for line in lines if "val" in line
+    ]
+
+
+def _average_over_ranks(values: Tensor) -> Tensor:
+    torch.distributed.all_reduce(values)
+    return values / torch.distributed.get_world_size()
+
+
+def _json(value: Any) -> bytes:
+    import json
+
+    return json.dumps(value, indent=1).encode() + b"\n"
