@@ -1,0 +1,283 @@
+"""Sources to shards: runs the plan's jobs on Ray Data or in this process, then writes the manifest.
+
+A job is one shard and a pure function of its part of the plan, so that an interrupted run goes on
+where it stopped and ends in the same bytes.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bgray import shards, sources, storage
+from bgray.config import ConfigError, digest
+from bgray.plan import SPLITS, Job, listing, make_plan, sha, way_out
+from bgray.shards import CHUNK_SECONDS, Manifest, Options, Row, Shard
+from bgray.sources import Item, Rejected
+
+
+def prepare(
+    source: str,
+    destination: str,
+    options: Options,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """See `bgray.shards.prepare`."""
+    # Workers of a cluster start in another folder.
+    if source != "builtin":
+        source = _absolute(source)
+    destination = _absolute(destination)
+    items, unusable, ignored = sources.list_items(source, options)
+    choice = {k: v for k, v in dataclasses.asdict(options).items() if k != "max_rejected"}
+    plan_hash = digest([shards.VERSION, choice, listing(items), unusable])[:24]
+    with _writing(destination):
+        if storage.exists(shards.manifest_url(destination)):
+            manifest = shards.read_manifest(destination)
+            keys = {item.key for item in items} | unusable.keys()
+            _check_same(destination, manifest, plan_hash, options, keys)
+            return manifest
+    total = len(items) + len(unusable)
+    plan = make_plan(items, unusable, destination, options)
+    _check_rejected(source, plan.rejected, total - len(plan.duplicates), options)
+    with _writing(destination):
+        _begin(destination, source, plan_hash)
+    reports = {job.hash: report for job in plan.jobs if (report := finished(job))}
+    waiting = [job for job in plan.jobs if job.hash not in reports]
+    if progress:
+        progress(len(reports), len(plan.jobs))
+    for report in _run(waiting, workers):
+        if "problem" in report:
+            raise ConfigError(destination, [("", report["problem"])])
+        reports[report["job"]] = report
+        if progress:
+            progress(len(reports), len(plan.jobs))
+    done = [reports[job.hash] for job in plan.jobs]
+    rejected = plan.rejected | {
+        path: reason for report in done for path, reason in report["rejected"].items()
+    }
+    _check_rejected(source, rejected, total - len(plan.duplicates), options)
+    manifest = Manifest(
+        sample_rate=options.sample_rate,
+        channels=options.channels,
+        voices=dict.fromkeys(plan.jobs[0].voices, "flac"),
+        variants={
+            f"shift_{by:g}": {"of": "audio", "semitones": float(by)} for by in options.shifts
+        },
+        files=sorted(
+            (file for report in done for file in report["files"]), key=lambda file: file["key"]
+        ),
+        rejected=[{"path": path, "reason": reason} for path, reason in sorted(rejected.items())],
+        duplicates=plan.duplicates,
+        ignored=ignored,
+        shards=tuple(Shard(**report["shard"]) for report in done if report["shard"]),
+        options={"source": source, **dataclasses.asdict(options)},
+        plan=plan_hash,
+    )
+    for split in SPLITS:
+        if not manifest.rows(split):
+            text = f"zero {split} files: all that were chosen are rejected; {way_out(options)}"
+            raise ConfigError(source, [("", text), *list(rejected.items())[:10]])
+    with _writing(destination):
+        for name in set(storage.listdir(destination)) - {shard.name for shard in manifest.shards}:
+            # Left by an earlier, unfinished plan.
+            if name.startswith(SPLITS) and name.endswith(".parquet"):
+                storage.remove(storage.join(destination, name))
+        storage.write_bytes(shards.manifest_url(destination), manifest.to_json())
+    return shards.read_manifest(destination)
+
+
+# --- the jobs -------------------------------------------------------------------------------------
+
+
+def _run(jobs: list[Job], workers: int | None) -> Iterator[dict[str, Any]]:
+    """Their reports, as they finish."""
+    if workers == 0 or len(jobs) <= 1:  # Ray takes longer to start than one shard to write
+        yield from map(write_shard, jobs)
+        return
+    from bgray.cluster import ray_session
+
+    with ray_session() as ray:
+        rows = [{"job": pickle.dumps(job)} for job in jobs]
+        dataset = ray.data.from_items(rows, override_num_blocks=len(jobs))
+        for row in dataset.map(_write_row, num_cpus=1, concurrency=workers).iter_rows():
+            yield json.loads(row["report"])
+
+
+def _write_row(row: dict[str, Any]) -> dict[str, Any]:
+    return {"report": json.dumps(write_shard(pickle.loads(row["job"])))}
+
+
+def finished(job: Job) -> dict[str, Any] | None:
+    """The report of a job that an earlier run finished, if its shard is still there whole."""
+    try:
+        report = json.loads(
+            storage.read_bytes(shards.plan_url(job.destination, f"{job.hash}.json"))
+        )
+        if report["shard"]:
+            fs, path = storage.filesystem(storage.join(job.destination, job.name))
+            if fs.size(path) != report["shard"]["bytes"]:
+                return None
+        return report
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def write_shard(job: Job) -> dict[str, Any]:
+    """Read the job's items, write its shard, then its report, which says that it is done.
+
+    A full disk is in the report too (`problem`): raised, it would leave Ray as a page of traceback.
+    """
+    rows, places, files, rejected = [], [], [], {}
+    for item in job.items:
+        try:
+            clip = sources.read_clip(item, job.options, job.stems)
+        except Rejected as reason:
+            rejected[item.key] = str(reason)
+            continue
+        chunks = _chunks(item, clip, job)
+        rows += chunks
+        places += _places(item.key, len(chunks))
+        file: dict[str, Any] = {"key": item.key, "split": job.split, "group": item.group}
+        file["seconds"] = sum(row.frames for row in chunks) / job.options.sample_rate
+        file |= {
+            "source_rate": clip.source_rate,
+            "source_channels": clip.source_channels,
+            "sha256": clip.sha256,
+        }
+        files.append(file | ({"muted": list(clip.muted)} if job.stems else {}))
+    shard = None
+    try:
+        with _writing(job.destination):
+            if rows:
+                mixed = [rows[i] for i in np.argsort(places)]
+                data = shards.encode_shard(mixed, job.voices)
+                storage.write_bytes(storage.join(job.destination, job.name), data)
+                groups = math.ceil(len(rows) / shards.ROW_GROUP_SIZE)
+                content = hashlib.sha256(data).hexdigest()
+                shard = dataclasses.asdict(
+                    Shard(job.name, job.split, len(rows), groups, len(data), content)
+                )
+            report = {"job": job.hash, "shard": shard, "files": files, "rejected": rejected}
+            storage.write_bytes(
+                shards.plan_url(job.destination, f"{job.hash}.json"), json.dumps(report).encode()
+            )
+    except ConfigError as error:
+        return {"job": job.hash, "problem": error.problems[0][1]}
+    return report
+
+
+def _places(key: str, count: int) -> list[float]:
+    """Where in its shard (0 to 1) each chunk of a file goes: spread evenly, in random order.
+
+    A row group is what training reads at once; so every one holds its share of every long file. A
+    plain shuffle of 16 chunks from 4 files left 2 of them out of the first row group.
+    """
+    rng = np.random.default_rng(int(sha(key)[:16], 16))
+    return list((rng.permutation(count) + rng.random(count)) / count)
+
+
+def _chunks(item: Item, clip: sources.Clip, job: Job) -> list[Row]:
+    length = next(iter(clip.voices.values())).shape[1]
+    voices = {name: _int16(clip.voices[name]) for name in job.voices}  # each (C, T)
+    rows = []
+    for start, end in chunk_bounds(length, job.options.sample_rate):
+        flacs = {
+            v: shards.encode_flac(audio[:, start:end], job.options.sample_rate)
+            for v, audio in voices.items()
+        }
+        rows.append(Row(item.key, item.group, start, end - start, flacs))
+    return rows
+
+
+def chunk_bounds(length: int, sample_rate: int) -> list[tuple[int, int]]:
+    """(start, end) of each chunk, in samples; a tail below half a chunk goes to the one before."""
+    chunk = round(CHUNK_SECONDS * sample_rate)
+    count = max(1, (length + chunk // 2) // chunk)
+    return [(i * chunk, (i + 1) * chunk if i < count - 1 else length) for i in range(count)]
+
+
+def _int16(audio: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
+
+
+# --- the destination ------------------------------------------------------------------------------
+
+
+def _absolute(url: str) -> str:
+    return url if storage.is_remote(url) else str(Path(url).absolute())
+
+
+def _begin(destination: str, source: str, plan_hash: str) -> None:
+    """Record the plan; forget the reports of another one, whose shards this one overwrites."""
+    url = shards.plan_url(destination)
+    if storage.exists(url):
+        if json.loads(storage.read_bytes(url))["plan"] == plan_hash:
+            return
+        for name in storage.listdir(storage.join(destination, ".plan")):
+            storage.remove(shards.plan_url(destination, name))
+    storage.write_bytes(url, json.dumps({"plan": plan_hash, "source": source}).encode())
+
+
+def _check_same(
+    destination: str, manifest: Manifest, plan_hash: str, options: Options, keys: set[str]
+) -> None:
+    if manifest.plan == plan_hash:
+        return
+    now = json.loads(json.dumps(dataclasses.asdict(options)))
+    differences = [
+        (name, f"there {manifest.options.get(name)!r}, now {value!r}")
+        for name, value in now.items()
+        if manifest.options.get(name) != value and name != "max_rejected"
+    ]
+    if not differences:
+        entries = [file["key"] for file in manifest.files]
+        then = {*entries, *(entry["path"] for entry in (*manifest.rejected, *manifest.duplicates))}
+        for title, names in (("new since then", keys - then), ("gone since then", then - keys)):
+            if names:
+                differences.append(("source", f"{len(names)} files {title}, such as {min(names)}"))
+        differences = differences or [("source", "files changed since then (size or time)")]
+    text = "holds shards of other sources or options; give another destination, or delete this one"
+    raise ConfigError(destination, [("", text), *differences])
+
+
+def _check_rejected(source: str, rejected: dict[str, str], total: int, options: Options) -> None:
+    share = len(rejected) / max(total, 1)
+    if share <= options.max_rejected and len(rejected) < total:
+        return
+    problems = sorted(rejected.items())[:10]
+    if len(rejected) > 10:
+        problems.append(("", f"... and {len(rejected) - 10} more"))
+    way_out = f"above --max-rejected {options.max_rejected:g}; remove or repair them, or allow more"
+    way_out = way_out if len(rejected) < total else "nothing is left"
+    raise ConfigError(
+        source, [*problems, ("", f"{len(rejected)} of {total} rejected ({share:.0%}), {way_out}")]
+    )
+
+
+@contextlib.contextmanager
+def _writing(destination: str) -> Iterator[None]:
+    """A disk or bucket that cannot be written, as one line."""
+    failures: tuple[type[Exception], ...] = (OSError,)
+    if storage.is_remote(destination):
+        from botocore.exceptions import BotoCoreError
+
+        failures = (OSError, BotoCoreError)  # no credentials, no such host
+    try:
+        yield
+    except failures as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        what = f"cannot write shards: {error}; make it writable"
+        if full:
+            what = f"no space left on {destination} while writing shards; free some"
+        text = f"{what} and run the same command again: finished shards are kept"
+        raise ConfigError(destination, [("", text)]) from error
