@@ -310,15 +310,19 @@ def parse(raw: dict[str, Any], tables: Tables, source: str) -> Experiment:
     if "loss" not in raw and isinstance(raw.get("task"), dict | str):
         task = raw["task"] if isinstance(raw["task"], str) else raw["task"].get("name")
         raw["loss"] = dict(getattr(tables["task"].get(task), "default_loss", {}))
-    for section in ("task", "model", "optim", "schedule"):
-        if raw.get(section) is not None:
-            raw[section] = pick(section, raw[section], section)
-        else:
-            raw.pop(section, None)
-            if section in ("optim", "schedule"):
-                raw[section] = pick(
-                    section, {"optim": "muon", "schedule": "constant"}[section], section
-                )
+    for section, default in {
+        "task": "",
+        "model": "",
+        "optim": "muon",
+        "schedule": "constant",
+    }.items():
+        value = raw.pop(section, None)
+        if value is None:
+            value = {} if default else None
+        if isinstance(value, dict) and default:
+            value = {"name": default, **value}
+        if value is not None:
+            raw[section] = pick(section, value, section)
     raw["loss"] = _loss(raw.get("loss"), tables, problems)
     if isinstance(raw.get("data"), dict) and raw["data"].get("augment"):
         steps = raw["data"]["augment"]

@@ -334,7 +334,7 @@ def _tune(sweep: Sweep, trials: list[Trial], plan: Plan, folder: str) -> None:
 
     # Ours asks the trials to checkpoint first; Tune's stops them where they are.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     warnings.filterwarnings("ignore", module="ray")
     stop_url = storage.join(folder, ".ray", f"stop-{int(time.time())}-{os.getpid()}")
     by_id = {trial.id: trial for trial in trials}
@@ -418,7 +418,9 @@ def tune_trial(config: dict[str, Any], trials: dict[str, Trial], plan: Plan, sto
         )
 
 
-def drive_workers(config: dict[str, Any], trials: dict[str, Trial], plan: Plan, stop_url: str) -> None:
+def drive_workers(
+    config: dict[str, Any], trials: dict[str, Trial], plan: Plan, stop_url: str
+) -> None:
     """A Tune trial that runs a TorchTrainer with several workers."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
