@@ -9,7 +9,7 @@ import platform
 import subprocess
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ ENDED = ("finished", "stopped", "diverged", "out_of_memory")
 """States that running the sweep again leaves alone: `stopped` is pruned by ASHA, `diverged` met a
 loss that is not
 finite. The others (a crash, Ctrl-C, a full disk) go on from their last checkpoint."""
+
+PRUNED = "pruned by ASHA"
 
 METRICS, TIMING, ITEMS = "metrics.jsonl", "timing.jsonl", "validation_items.jsonl"
 PACKAGES = (
@@ -142,18 +144,27 @@ class Run:
 
 
 @contextlib.contextmanager
-def recorded_failure(url: str) -> Iterator[None]:
-    """An exception in the block ends in the run's record (reason, and error.txt), not in the caller.
+def recorded_failure(url: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """An exception in the block ends in the run's record (reason, error.txt), not in the caller.
 
     Tune and Train would print pages of their own frames, and a sweep goes on without the trial.
+    stopped: whether the scheduler has ended the run; then the exception is only its workers' death.
     """
     try:
         yield
     except Exception as error:
-        info = read_info(url) or {"id": url.rsplit("/", 1)[-1]}
-        if info.get("state") not in (*ENDED, "failed"):
-            info |= {"state": "failed", "reason": reason(error)}
+        if stopped():
+            close_from_outside(url, "stopped", PRUNED)
+            return
+        close_from_outside(url, "failed", reason(error))
         storage.write_bytes(storage.join(url, "error.txt"), traceback.format_exc().encode())
+
+
+def close_from_outside(url: str, state: State, why: str) -> None:
+    """Say how a run ended that could not say it itself; what it said of its end stands."""
+    info = read_info(url) or {"id": url.rsplit("/", 1)[-1]}
+    if info.get("state", "running") == "running":
+        info |= {"state": state, "reason": why}
         storage.write_bytes(storage.join(url, "run.json"), json.dumps(info, indent=1).encode())
 
 

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import os
 import signal
@@ -332,10 +333,13 @@ def _tune(sweep: Sweep, trials: list[Trial], plan: Plan, folder: str) -> None:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
+    from bgray.records import PRUNED, close_from_outside, reason
+
     # Ours asks the trials to checkpoint first; Tune's stops them where they are.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     warnings.filterwarnings("ignore", module="ray")
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # our table has the reasons
     stop_url = storage.join(folder, ".ray", f"stop-{int(time.time())}-{os.getpid()}")
     by_id = {trial.id: trial for trial in trials}
     steps = max(trial.experiment.train.steps for trial in trials)
@@ -384,9 +388,16 @@ def _tune(sweep: Sweep, trials: list[Trial], plan: Plan, folder: str) -> None:
             storage.write_bytes(stop_url, b"")
 
         signal.signal(signal.SIGINT, stop)
-        tuner.fit()
+        results = tuner.fit()
     if asked():
         storage.remove(stop_url)
+        return
+    for result in results:  # a process that was killed could not say how its run ended
+        url = by_id[(result.config or {})["trial"]].url
+        if result.error is None:
+            close_from_outside(url, "stopped", PRUNED)
+        else:
+            close_from_outside(url, "failed", reason(result.error))
 
 
 def tune_trial(config: dict[str, Any], trials: dict[str, Trial], plan: Plan, stop_url: str) -> None:
@@ -422,6 +433,7 @@ def drive_workers(
     config: dict[str, Any], trials: dict[str, Trial], plan: Plan, stop_url: str
 ) -> None:
     """A Tune trial that runs a TorchTrainer with several workers."""
+    from ray.train._internal.session import get_session
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from bgray.records import recorded_failure
@@ -429,7 +441,9 @@ def drive_workers(
     trial, _ = _start(config, trials, stop_url)
     if trial is None:
         return
-    with recorded_failure(trial.url):
+    # The thread of a stopped trial lives on for a moment and sees its workers die.
+    stopped = get_session().stop_event.is_set
+    with recorded_failure(trial.url, stopped):
         fit_workers(
             trial.experiment,
             trial.id,

@@ -30,7 +30,7 @@ from bgray.experiment import (
 )
 from bgray.loop import Every, NotFinite, State, fit, to_device
 from bgray.optim import describe_groups
-from bgray.records import ITEMS, METRICS, TIMING, Run, read_lines, reason
+from bgray.records import ITEMS, METRICS, PRUNED, TIMING, Run, read_lines, reason
 
 
 @dataclass
@@ -224,7 +224,7 @@ class _Session:
             if (
                 self.run.info["state"] != "finished"
             ):  # Tune also ends a trial that has reached its last step
-                self._finish("stopped", self.latest.get("step"), "pruned by ASHA")
+                self._finish("stopped", self.latest.get("step"), PRUNED)
         elif isinstance(error, KeyboardInterrupt):
             self._finish("interrupted", None, "Ctrl-C")
         else:
