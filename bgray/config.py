@@ -6,8 +6,7 @@ import difflib
 import hashlib
 import inspect
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,22 +15,9 @@ import yaml
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from bgray.problems import ConfigError, Problem, names, unknown, validate, wrong
+
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class ConfigError(ValueError):
-    """What a person wrote does not work; lists every problem as (path, what is wrong and the way
-    out)."""
-
-    def __init__(self, source: str, problems: list[tuple[str, str]]):
-        self.source, self.problems = source, problems
-        lines = [f"  {path}: {text}" if path else f"  {text}" for path, text in problems]
-        super().__init__("\n".join([f"{source}:", *lines]))
-
-    def __reduce__(
-        self,
-    ):  # an exception is rebuilt from args by default, which here is the finished text
-        return ConfigError, (self.source, self.problems)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -47,50 +33,50 @@ class Data:
     path: str = "builtin"
     """Folder or s3:// prefix written by `python -m bgray.shards`; `builtin` renders built-in music
     on first use."""
-    sample_rate: int = Field(48000, ge=1000)
+    sample_rate: int = Field(default=48000, ge=1000)
     """Hz. Prepared shards must have exactly this rate: nothing is resampled silently."""
-    channels: int = Field(1, ge=1, le=8)
-    segment: int = Field(32768, ge=1)
+    channels: int = Field(default=1, ge=1, le=8)
+    segment: int = Field(default=32768, ge=1)
     """Samples per training example."""
     augment: tuple[Pick, ...] = ()
     """Transforms drawn per example and applied alike to input and target."""
-    row_groups_per_unit: int = Field(2, ge=1)
+    row_groups_per_unit: int = Field(default=2, ge=1)
     """Chunks decoded together: a work unit reads this many row groups of about 8 chunks (10 s
     each)."""
-    batches_per_unit: int = Field(8, ge=1)
+    batches_per_unit: int = Field(default=8, ge=1)
     """Batches cut from one work unit; more is cheaper on the CPU, fewer mixes more songs per
     batch."""
-    builtin_songs: int = Field(48, ge=2)
-    builtin_seconds: float = Field(20.0, gt=0)
+    builtin_songs: int = Field(default=48, ge=2)
+    builtin_seconds: float = Field(default=20.0, gt=0)
     """Length of one built-in song."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Train:
-    steps: int = Field(10_000, ge=1)
-    batch_size: int = Field(32, ge=1)
+    steps: int = Field(default=10_000, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Examples per step over all workers together (the global batch)."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seeds the weights and the stream of examples: two trials with one seed see the same data at
     the same step."""
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"
     """tf32 changes matrix products on a GPU only; bf16 is autocast with float32 weights and
     losses."""
-    grad_clip: float | None = Field(1000.0, gt=0)
+    grad_clip: float | None = Field(default=1000.0, gt=0)
     """Largest global gradient norm. 1000, as the logs used, in effect only logs it. null: not even
     that."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Validation:
-    every: int = Field(1000, ge=1)
+    every: int = Field(default=1000, ge=1)
     """Steps between evaluations; these are also ASHA's possible rungs."""
-    segment: int | None = Field(None, ge=1)
+    segment: int | None = Field(default=None, ge=1)
     """Samples of each centre crop; null: four training segments, as the logs had it."""
-    items: int = Field(64, ge=1)
+    items: int = Field(default=64, ge=1)
     """At most this many chunks, spread evenly over the validation split. Every one of them is
     scored."""
-    clips: int = Field(4, ge=0)
+    clips: int = Field(default=4, ge=0)
     """How many of them are written as audio at each evaluation (the listening set)."""
 
 
@@ -103,28 +89,28 @@ class Runtime:
     cache: str = "data"
     """Where built-in music is rendered to."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: int = Field(1, ge=1)
+    workers: int = Field(default=1, ge=1)
     """Training workers of one trial (DDP when more than one)."""
-    gpus: float = Field(1.0, gt=0)
+    gpus: float = Field(default=1.0, gt=0)
     """GPUs per training worker, where there are any; below 1 trials share one."""
-    cpus: float | None = Field(None, gt=0)
+    cpus: float | None = Field(default=None, gt=0)
     """CPUs per training worker; null: as many as fit, leaving some to Ray Data."""
-    concurrency: int | None = Field(None, ge=1)
+    concurrency: int | None = Field(default=None, ge=1)
     """Trials at a time; null: as many as the machine holds."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
     """torch threads per worker on the CPU; null: the worker's share of the CPUs."""
     compile: bool = False
     """torch.compile the model (its real-valued core)."""
     feed: Literal["auto", "ray", "process"] = "auto"
     """Who makes batches: Ray Data tasks, a thread of this process, or whichever suits the
     machine."""
-    data_workers: int | None = Field(None, ge=1)
+    data_workers: int | None = Field(default=None, ge=1)
     """Ray Data tasks at a time per trial; null: what the machine has left."""
-    stall_seconds: float = Field(30.0, gt=0)
+    stall_seconds: float = Field(default=30.0, gt=0)
     """After this long without a batch the run says why; after 20 times this long it stops."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl; the GPU is synchronised only then."""
-    checkpoint_every: int | None = Field(None, ge=1)
+    checkpoint_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; null: at every evaluation."""
 
 
@@ -135,7 +121,7 @@ class Asha:
 
     grace_steps: int = Field(ge=1)
     """No trial is stopped before this step."""
-    reduction_factor: int = Field(3, ge=2)
+    reduction_factor: int = Field(default=3, ge=2)
     """About one in this many goes on at each rung."""
 
 
@@ -190,9 +176,9 @@ class Sweep:
     {uniform|loguniform|randint: [low, high]}."""
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Name to {dotted path: value}; an empty block is the base itself."""
-    samples: int = Field(8, ge=1)
+    samples: int = Field(default=8, ge=1)
     """How many draws, where the search has random entries."""
-    sample_seed: int = Field(0, ge=0)
+    sample_seed: int = Field(default=0, ge=0)
     asha: Asha | None = None
     """null: every trial runs to its end."""
     metric: str = "val_stft"
@@ -269,7 +255,7 @@ def split_sweep(raw: dict[str, Any], source: str) -> Sweep:
     one."""
     own = {key: raw[key] for key in raw if key in SWEEP_KEYS}
     base = {key: raw[key] for key in raw if key not in SWEEP_KEYS}
-    sweep, problems = _validate(Sweep, {**own, "base": base}, "")
+    sweep, problems = validate(Sweep, {**own, "base": base}, "")
     if sweep is None:
         raise ConfigError(source, problems)
     return sweep
@@ -278,14 +264,14 @@ def split_sweep(raw: dict[str, Any], source: str) -> Sweep:
 def parse(raw: dict[str, Any], tables: Tables, source: str) -> Experiment:
     """Check the whole experiment and fill in every default. ConfigError lists all problems found
     at once."""
-    problems: list[tuple[str, str]] = []
+    problems: list[Problem] = []
     raw = {key: value for key, value in raw.items() if key not in SWEEP_KEYS}
     for section in ("task", "model"):
         if raw.get(section) is None:
             problems.append(
                 (
                     section,
-                    f"missing; write {section}: {{name: ...}}, one of {_names(tables[section])}",
+                    f"missing; write {section}: {{name: ...}}, one of {names(tables[section])}",
                 )
             )
             raw[section] = None
@@ -295,13 +281,13 @@ def parse(raw: dict[str, Any], tables: Tables, source: str) -> Experiment:
             value = {"name": value}
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             problems.append(
-                (path, f"expected {{name: ...}} with one of {_names(tables[table])}, got {value!r}")
+                (path, f"expected {{name: ...}} with one of {names(tables[table])}, got {value!r}")
             )
             return {"name": "?"}
         name, options = value["name"], {k: v for k, v in value.items() if k != "name"}
         entry = tables[table].get(name)
         if entry is None:
-            problems.append((f"{path}.name", _unknown(name, tables[table])))
+            problems.append((f"{path}.name", unknown(name, tables[table])))
             return {"name": name}
         resolved, found = resolve_options(entry, options, path)
         problems.extend(found)
@@ -330,7 +316,9 @@ def parse(raw: dict[str, Any], tables: Tables, source: str) -> Experiment:
             steps = [pick("augment", step, f"data.augment[{i}]") for i, step in enumerate(steps)]
             raw["data"] = {**raw["data"], "augment": steps}
     missing = [section for section in ("task", "model") if section not in raw]
-    experiment, found = _validate(Experiment, {**raw, **{s: {"name": "?"} for s in missing}}, "")
+    experiment, found = validate(
+        Experiment, {**raw, **{s: {"name": "?"} for s in missing}}, "", also=SWEEP_KEYS
+    )
     problems.extend(found)
     if problems or experiment is None:
         raise ConfigError(
@@ -345,14 +333,13 @@ def parse(raw: dict[str, Any], tables: Tables, source: str) -> Experiment:
     return experiment
 
 
-def _loss(raw: Any, tables: Tables, problems: list[tuple[str, str]]) -> dict[str, Any]:
+def _loss(raw: Any, tables: Tables, problems: list[Problem]) -> dict[str, Any]:
     """`{l1: 10, mrstft: {weight: 1, n_bins: 64}}` -> picks; a bare number is the weight."""
     if not isinstance(raw, dict) or not raw:
         problems.append(
             (
                 "loss",
-                f"expected name: weight lines with names from {_names(tables['loss'])}, "
-                f"got {raw!r}",
+                f"expected name: weight lines with names from {names(tables['loss'])}, got {raw!r}",
             )
         )
         return {}
@@ -362,10 +349,10 @@ def _loss(raw: Any, tables: Tables, problems: list[tuple[str, str]]) -> dict[str
         options = dict(value) if isinstance(value, dict) else {"weight": value}
         weight = options.pop("weight", 1.0)
         if entry is None:
-            problems.append((f"loss.{name}", _unknown(str(name), tables["loss"])))
+            problems.append((f"loss.{name}", unknown(str(name), tables["loss"])))
             continue
         if isinstance(weight, bool) or not isinstance(weight, int | float):
-            problems.append((f"loss.{name}", _wrong("float", weight)))
+            problems.append((f"loss.{name}", wrong("float", weight)))
             weight = 0.0
         resolved, found = resolve_options(entry, options, f"loss.{name}")
         problems.extend(found)
@@ -392,89 +379,10 @@ def resolve_options(entry: Callable[..., Any], options: Mapping[str, Any], path:
     schema = pydantic.create_model(
         "Options", __config__=ConfigDict(extra="forbid", strict=True), **fields
     )
-    checked, problems = _validate(schema, dict(options), path)
+    checked, problems = validate(schema, dict(options), path)
     if checked is None:
         return {}, problems
     resolved = checked.model_dump()
     if check := getattr(entry, "check", None):
         problems = [(f"{path}.{name}", text) for name, text in check(**resolved)]
     return json.loads(json.dumps(resolved)), problems
-
-
-# --- problems in words
-
-
-def _validate(schema: Any, raw: Any, path: str) -> tuple[Any, list[tuple[str, str]]]:
-    # Through JSON, because strict JSON takes a list for a tuple and an int for a float, but never
-    # text for a number.
-    try:
-        text = json.dumps(raw, default=str)
-        return pydantic.TypeAdapter(schema).validate_json(text, strict=True), []
-    except pydantic.ValidationError as error:
-        problems = [p for e in error.errors() for p in _explain(e, schema, path, raw)]
-        return None, list(dict.fromkeys(problems))
-
-
-def _explain(error: Any, schema: Any, prefix: str, raw: Any) -> Iterator[tuple[str, str]]:
-    location = [part for part in error["loc"] if not _is_union_branch(part)]
-    path = ".".join([prefix, *map(str, location)] if prefix else map(str, location))
-    path = re.sub(r"\.(\d+)", r"[\1]", path)
-    value, kind, context = error["input"], error["type"], error.get("ctx", {})
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        yield path, _unknown(str(location[-1]), _siblings(schema, location), what="key")
-    elif kind in ("missing", "missing_argument"):
-        yield path, "missing, and it has no default"
-    elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        sign = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-        bound = next((f"{sign[k]} {v:g}" for k, v in context.items() if k in sign), "")
-        yield path, f"must be {bound}, got {value!r}"
-    elif kind == "literal_error":
-        yield path, f"expected one of {context['expected']}, got {value!r}"
-    elif kind.endswith(("_type", "_parsing", "from_float")):
-        yield path, _wrong(kind.removesuffix("_from_float").split("_")[0], value)
-    else:
-        yield path, f"{error['msg']}, got {value!r}"
-
-
-def _wrong(expected: str, value: Any) -> str:
-    names = {
-        "tuple": "list",
-        "bool": "true or false",
-        "string": "text",
-        "dataclass": "keys below it",
-    }
-    text = f"expected {names.get(expected, expected)}, got {value!r}"
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value.strip()):
-        mantissa, exponent = re.split("[eE]", value.strip())
-        sign = "" if exponent.startswith(("+", "-")) else "+"
-        fixed = f"{mantissa if '.' in mantissa else mantissa + '.0'}e{sign}{exponent}"
-        text += f" (write {fixed}: YAML reads {value} as text)"
-    return text
-
-
-def _is_union_branch(part: Any) -> bool:
-    return isinstance(part, str) and bool(
-        re.search(r"[\[\]()]|^(int|float|str|bool|none|function-.*)$", part)
-    )
-
-
-def _siblings(schema: Any, location: list[Any]) -> list[str]:
-    node = schema
-    for part in location[:-1]:
-        annotations = getattr(node, "__dataclass_fields__", {})
-        node = annotations[part].type if part in annotations else None
-    if node is not None and hasattr(node, "model_fields"):
-        return list(node.model_fields)
-    names = list(getattr(node, "__dataclass_fields__", {}))
-    return sorted({*names, *SWEEP_KEYS}) if node is Experiment else names
-
-
-def _names(table: Mapping[str, Any]) -> str:
-    return ", ".join(table)
-
-
-def _unknown(name: str, known: Any, what: str = "name") -> str:
-    near = difflib.get_close_matches(name, list(known), 1, cutoff=0.6)
-    if near:
-        return f"unknown {what}, did you mean '{near[0]}'?"
-    return f"unknown {what} '{name}'" + (f"; there is {', '.join(known)}" if known else "")
