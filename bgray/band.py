@@ -9,6 +9,7 @@ import math
 from collections import defaultdict, namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import fft, signal
@@ -131,7 +132,9 @@ def compose(rng: np.random.Generator, seconds: float, programs: tuple[int, ...])
             late = np.interp(start % 1, (0, 0.5, 1), (0, swing, 0)) * 60 / tempo
             begin = max(0.0, float(start * 60 / tempo + late + rng.normal(0, 0.005)))
             duration = float(min(length * 60 / tempo, seconds - begin))
-            velocity = min(max(round(loudness * swell[bar.section] + rng.normal(0, 4)), 1), 127)
+            velocity = min(
+                max(round(float(loudness * swell[bar.section] + rng.normal(0, 4))), 1), 127
+            )
             if duration > 0.02 or begin == 0:
                 notes.append(Note(program, int(pitch), begin, duration, velocity))
     notes.sort(key=lambda note: (note.start_seconds, note.program, note.pitch))
@@ -158,11 +161,11 @@ def draw_bars(rng: np.random.Generator, beats: float) -> list[Bar]:
     return bars
 
 
-def draw_by_label(rng: np.random.Generator, options: tuple) -> dict:
+def draw_by_label(rng: np.random.Generator, options: Any) -> dict:
     return {label: options[rng.integers(len(options))] for label in "ABC"}
 
 
-def above(lowest: int, chord: np.ndarray) -> list[int]:
+def above(lowest: int | np.integer, chord: np.ndarray) -> list[int]:
     return [int(lowest + (tone - lowest) % 12) for tone in chord]  # in one octave: smooth voices
 
 
@@ -255,7 +258,7 @@ def play(score: Score, sample_rate: int) -> Song:
     stems = {program: gain * stem for program, stem in stems.items()}
     roll = piano_roll(score.notes, score.tempo_bpm, score.seconds)
     silent = tuple(program for program, stem in stems.items() if not stem.any())
-    mix = sum(stems.values())
+    mix = np.asarray(sum(stems.values()))
     return Song(sample_rate, score.tempo_bpm, stems, mix, roll, score.notes, silent)
 
 
@@ -264,7 +267,7 @@ def perform(score: Score, program: int, num_samples: int, sample_rate: int) -> n
     level, _, release_seconds = MIX[program]
     num_release = round(release_seconds * sample_rate)
     release = (np.cos(np.linspace(0, np.pi, num_release)) / 2 + 0.5).astype(np.float32)
-    no_dc = signal.butter(1, 15, "highpass", fs=sample_rate)
+    no_dc: Any = signal.butter(1, 15, "highpass", fs=sample_rate)
     groups = defaultdict(list)
     for note in score.notes:
         if note.program == program:
@@ -275,7 +278,7 @@ def perform(score: Score, program: int, num_samples: int, sample_rate: int) -> n
         timbre = np.random.default_rng([score.timbre, 2 + program])
         holds = [math.ceil(note.duration_seconds * sample_rate) for note in group]
         sound = INSTRUMENTS[program](timbre, hertz, hardness, max(holds) + num_release, sample_rate)
-        sound = signal.lfilter(no_dc[0], no_dc[1], sound)
+        sound = np.asarray(signal.lfilter(no_dc[0], no_dc[1], sound))
         rms = sound[: sample_rate // 4].std() if program >= 0 else 1
         sound = (level / max(rms, 1e-9) * sound).astype(np.float32)
         for note, hold in zip(group, holds, strict=True):
@@ -288,8 +291,9 @@ def perform(score: Score, program: int, num_samples: int, sample_rate: int) -> n
 
 
 def hiss(rng: np.random.Generator, high_pass_hz: float, num: int, sample_rate: int) -> np.ndarray:
-    b, a = signal.butter(2, min(high_pass_hz, 0.35 * sample_rate), "highpass", fs=sample_rate)
-    return signal.lfilter(b, a, rng.standard_normal(num, np.float32)).astype(np.float32)
+    cut: Any = signal.butter(2, min(high_pass_hz, 0.35 * sample_rate), "highpass", fs=sample_rate)
+    noise = rng.standard_normal(num, np.float32)
+    return np.asarray(signal.lfilter(*cut, noise), np.float32)
 
 
 def ring(f, decay, amplitude, num: int, sample_rate: int) -> np.ndarray:
@@ -331,7 +335,7 @@ def bass(rng, hertz: float, hardness: float, num: int, sample_rate: int) -> np.n
     FFT, so nothing wraps around; lfilter would multiply by every zero of the delay line.
     """
     t60_seconds, position, cutoff_hz = rng.uniform((2.5, 0.08, 5e3), (5, 0.3, 1.2e4))
-    size = fft.next_fast_len(num, real=True)
+    size = int(fft.next_fast_len(num, real=True) or num)
     weight = np.exp(-math.log(1e6) / size * np.arange(size))  # |z|**-n
     z1 = weight[1] * np.exp(-2j * np.pi / size * np.arange(size // 2 + 1))  # one sample of delay
     period, omega = sample_rate / hertz, 2 * np.pi * hertz / sample_rate
@@ -358,7 +362,7 @@ def strings(rng, hertz: float, hardness: float, num: int, sample_rate: int) -> n
     spectrum = np.zeros(2**15 + 1, complex)
     spectrum[k] = -1j / k / (1 + (k * hertz / (brightness * (800 + 2400 * hardness))) ** 2)
     # One period, so fine that it needs no interpolation.
-    table = fft.irfft(spectrum / np.linalg.norm(spectrum), norm="forward").astype(np.float32)
+    table = np.asarray(fft.irfft(spectrum / np.linalg.norm(spectrum), norm="forward"), np.float32)
     t = np.arange(num) / sample_rate
     total = 0.04 * hiss(rng, 2500, num, sample_rate)
     for i, gain in enumerate((0.6, 1, 0.6)):

@@ -4,6 +4,7 @@ optimizer and data."""
 import dataclasses
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +98,23 @@ def _try_losses(experiment: Experiment):
 def validation_segment(experiment: Experiment) -> int:
     """Samples of a validation crop; by default four training segments."""
     return experiment.validation.segment or 4 * experiment.data.segment
+
+
+def absolute(experiment: Experiment) -> Experiment:
+    """Local folders as absolute paths, for workers have other working directories."""
+
+    def full(path: str) -> str:
+        return path if storage.is_remote(path) else str(Path(path).expanduser().absolute())
+
+    runtime = dataclasses.replace(
+        experiment.runtime,
+        results=full(experiment.runtime.results),
+        cache=full(experiment.runtime.cache),
+    )
+    data = experiment.data
+    if data.path != "builtin":
+        data = dataclasses.replace(data, path=full(data.path))
+    return dataclasses.replace(experiment, runtime=runtime, data=data)
 
 
 # --- building

@@ -136,11 +136,11 @@ def fit(
         if state.step % every.log == 0 or last:
             clock.read()
             report("train", state.step, {**_means(state, average), "lr_scale": scale})
-        if evaluating:
+        if evaluate is not None and evaluating:
             with clock.apart():
                 report("validation", state.step, evaluate(model, state.step))
                 model.train()
-        if saving:
+        if save is not None and saving:
             with clock.apart():
                 save(state)
         if evaluating or last:

@@ -5,14 +5,12 @@ python -m bgray.train EXPERIMENT.yaml [--local] [--describe] [--set path.to.key=
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from bgray import storage
@@ -21,7 +19,7 @@ from bgray.config import ConfigError, Experiment
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bgray.train", description=__doc__.splitlines()[0]
+        prog="python -m bgray.train", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("experiment", help="YAML file; of a sweep, its base is trained")
     parser.add_argument(
@@ -41,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     with errors_in_one_line():
-        from bgray.experiment import describe, load
+        from bgray.experiment import absolute, describe, load
 
         experiment = absolute(load(args.experiment, tuple(args.set)))
         if args.describe:
@@ -50,23 +48,6 @@ def main(argv: list[str] | None = None) -> None:
             train_local(experiment)
         else:
             train_on_ray(experiment)
-
-
-def absolute(experiment: Experiment) -> Experiment:
-    """Local folders as absolute paths, for workers have other working directories."""
-
-    def full(path: str) -> str:
-        return path if storage.is_remote(path) else str(Path(path).expanduser().absolute())
-
-    runtime = dataclasses.replace(
-        experiment.runtime,
-        results=full(experiment.runtime.results),
-        cache=full(experiment.runtime.cache),
-    )
-    data = experiment.data
-    if data.path != "builtin":
-        data = dataclasses.replace(data, path=full(data.path))
-    return dataclasses.replace(experiment, runtime=runtime, data=data)
 
 
 @contextlib.contextmanager
