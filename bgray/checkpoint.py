@@ -43,6 +43,8 @@ def load(run_url: str, device: "torch.device | str" = "cpu") -> dict[str, Any] |
         data = storage.read_bytes(path)
         return torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise  # storage that does not answer now is no reason to delete what is there
         raise ConfigError(
             path,
             [

@@ -307,7 +307,7 @@ class _Session:
         if self.context.world > 1:
             devices = [self.context.device] if self.context.device.type == "cuda" else None
             model = nn.parallel.DistributedDataParallel(
-                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                model, device_ids=devices, gradient_as_bucket_view=True
             )
         return model
 

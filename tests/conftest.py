@@ -1,7 +1,8 @@
-"""What several test files share: a tiny experiment, prepared shards of generated sound, an isolated home."""
+"""What several test files share: a tiny experiment, shards of generated sound, an S3 bucket."""
 
 import os
 import threading
+import urllib.request
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ def write_songs(folder, *, num=6, seconds=6.0, sample_rate=8000):
     for i in range(num):
         rng = np.random.default_rng(i)
         audio = 0.3 * np.sin(2 * np.pi * (150 + 40 * i) * time)
-        audio += 0.1 * np.sin(2 * np.pi * (310 + 55 * i) * time) + 0.02 * rng.standard_normal(len(time))
+        audio += 0.1 * np.sin(2 * np.pi * (310 + 55 * i) * time) + 0.02 * rng.standard_normal(
+            len(time)
+        )
         soundfile.write(folder / f"song{i}.wav", audio.astype(np.float32), sample_rate)
     return folder
 
@@ -84,6 +87,8 @@ def s3(monkeypatch):
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(key, value)
+    # moto keeps its buckets for the life of the process, whichever server answers for them.
+    urllib.request.urlopen(f"{endpoint}/moto-api/reset", data=b"").close()
     boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="bgray-test")
     s3fs.S3FileSystem.clear_instance_cache()
     yield "s3://bgray-test"

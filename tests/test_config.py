@@ -108,7 +108,9 @@ def test_what_is_not_a_yaml_mapping_is_refused(tmp_path, text):
 
 def test_overrides_reach_nested_keys_and_are_yaml(tmp_path):
     (tmp_path / "x.yaml").write_text("model: {name: wav_unet, kernels: [41]}")
-    raw = read(str(tmp_path / "x.yaml"), ("model.kernels=[7,23,41]", "train.steps=5", "data.path=a b"))
+    raw = read(
+        str(tmp_path / "x.yaml"), ("model.kernels=[7,23,41]", "train.steps=5", "data.path=a b")
+    )
     assert raw["model"] == {"name": "wav_unet", "kernels": [7, 23, 41]}
     assert raw["train"] == {"steps": 5}
     assert raw["data"] == {"path": "a b"}

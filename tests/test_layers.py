@@ -28,7 +28,9 @@ NO_TORCH = {"config", "storage", "records", "console", "band", "shards", "source
 
 
 def modules():
-    return sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__main__.py" and p.parent == PACKAGE)
+    return sorted(
+        p for p in PACKAGE.rglob("*.py") if p.name != "__main__.py" and p.parent == PACKAGE
+    )
 
 
 def name_of(path):
@@ -37,7 +39,7 @@ def name_of(path):
 
 
 def imports(path, *, top_only=False):
-    """Dotted names of everything a file imports (inside functions too, but not under TYPE_CHECKING)."""
+    """Dotted names a file imports: in functions too, but not under TYPE_CHECKING."""
     tree = ast.parse(path.read_text())
     found = []
     nodes = tree.body if top_only else ast.walk(tree)
@@ -76,7 +78,9 @@ def test_ray_is_imported_only_where_work_is_handed_to_it_and_inside_functions(pa
     def uses_ray(names):
         return any(name.split(".")[0] == "ray" for name in names)
 
-    assert not uses_ray(imports(path, top_only=True)), "import Ray inside the function that needs it"
+    assert not uses_ray(imports(path, top_only=True)), (
+        "import Ray inside the function that needs it"
+    )
     if uses_ray(imports(path)):
         assert name_of(path) in RAY
 

@@ -1,0 +1,188 @@
+"""The whole line, as a user runs it: each test is one or two commands in processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bgray.records import read_info, read_lines, runs
+from bgray.sweep import Plan
+
+pytestmark = pytest.mark.ray
+
+
+def command(path, *overrides):
+    sets = [word for item in overrides for word in ("--set", item)]
+    return [sys.executable, "-m", "bgray.sweep", str(path), *sets]
+
+
+def sweep(path, *overrides, code=0, timeout=400):
+    done = subprocess.run(
+        command(path, *overrides), capture_output=True, text=True, timeout=timeout, env=os.environ
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def wait_for(condition, process, seconds=180):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def sweep_file(tiny, tmp_path):
+    def write(**keys):
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump({**tiny, "optim": {"name": "adamw", "lr": 1e-3}, **keys}))
+        return path
+
+    return write
+
+
+def test_a_sweep_prunes_reports_what_diverged_and_is_done_when_run_again(sweep_file, tmp_path):
+    path = sweep_file(
+        variants={
+            "calm": {"optim.lr": 1e-6},
+            "fast": {"optim.lr": 1e-2},
+            "faster": {"optim.lr": 1e-1},
+            "mad": {"optim.lr": 1e30},
+        },
+        asha={"grace_steps": 8, "reduction_factor": 2},
+    )
+    folder = str(tmp_path / "results" / "tiny")
+    out = sweep(path, "runtime.concurrency=1")
+    by_state = sorted(run.state for run in runs(folder))
+    assert "diverged" in by_state
+    assert "stopped" in by_state
+    assert "finished" in by_state
+    assert len(by_state) == 4
+    assert "not finite at step" in out
+    assert "unprocessed input" in out
+    assert len(out.splitlines()) < 40, "Ray's own output got through"
+    (mad,) = [run for run in runs(folder) if run.state == "diverged"]
+    assert "at step " in mad.info["reason"]
+    # Tune's own TensorBoard files are kept.
+    assert list(Path(folder, ".ray").rglob("events.out.tfevents*"))
+    before = {run.id: run.info for run in runs(folder)}
+    began = time.monotonic()
+    again = sweep(path)
+    assert {run.id: run.info for run in runs(folder)} == before
+    assert "unprocessed input" in again
+    assert time.monotonic() - began < 60
+
+
+def test_a_trial_fed_by_ray_data_with_results_on_s3_equals_a_local_one(sweep_file, tmp_path, s3):
+    path = sweep_file()
+    sweep(path, f"runtime.results={s3}/results", "runtime.feed=ray")
+    (remote,) = runs(f"{s3}/results/tiny")
+    assert remote.state == "finished"
+    assert remote.info["feed"] == "ray"
+    from bgray.train import main
+
+    main([str(path), "--local"])
+    (local,) = runs(str(tmp_path / "results" / "tiny"))
+    assert local.id == remote.id
+    for name in ("metrics.jsonl", "validation_items.jsonl"):
+        assert read_lines(f"{remote.url}/{name}") == read_lines(f"{local.url}/{name}")
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_run_train_inside_tune_and_are_pruned(sweep_file, tmp_path):
+    path = sweep_file(
+        variants={"calm": {"optim.lr": 1e-6}, "fast": {"optim.lr": 1e-2}},
+        asha={"grace_steps": 8, "reduction_factor": 2},
+    )
+    sweep(path, "runtime.workers=2", timeout=600)
+    found = runs(str(tmp_path / "results" / "tiny"))
+    assert sorted(run.state for run in found)[0] == "finished"
+    assert {run.state for run in found} <= {"finished", "stopped"}
+    assert "stopped" in {run.state for run in found}
+    assert {run.info["workers"] for run in found} == {2}
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_with_9_goes_on_to_the_same_curves(sweep_file, tmp_path):
+    path = sweep_file(search={"train.seed": [0, 1]})
+    overrides = ("train.steps=600", "validation.every=200", "runtime.checkpoint_every=50")
+    process = subprocess.Popen(
+        command(path, *overrides), stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    folder = tmp_path / "results" / "tiny"
+    wait_for(lambda: list(folder.glob("*/checkpoint/latest")), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(5)  # Ray's processes notice that their driver is gone
+    assert "finished" not in {run.state for run in runs(str(folder))}
+    sweep(path, *overrides)
+    sweep(path, *overrides, f"runtime.results={tmp_path / 'unbroken'}")
+    unbroken = runs(str(tmp_path / "unbroken" / "tiny"))
+    assert len(unbroken) == 2
+    for run in unbroken:
+        again = str(folder / run.id)
+        assert len(read_info(again)["attempts"]) == 2
+        for name in ("metrics.jsonl", "validation_items.jsonl"):
+            assert Path(again, name).read_bytes() == Path(run.url, name).read_bytes()
+
+
+@pytest.mark.slow
+def test_ctrl_c_checkpoints_every_trial_and_the_same_command_goes_on(sweep_file, tmp_path):
+    path = sweep_file(search={"train.seed": [0, 1]})
+    overrides = ("train.steps=4000", "validation.every=2000", "runtime.checkpoint_every=2000")
+    process = subprocess.Popen(
+        command(path, *overrides), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    folder = tmp_path / "results" / "tiny"
+    wait_for(lambda: list(folder.glob("*/timing.jsonl")), process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "the same command goes on" in out
+    stopped = [run for run in runs(str(folder)) if run.state == "interrupted"]
+    assert stopped
+    for run in stopped:
+        assert run.info["step"] > 0
+        assert (folder / run.id / "checkpoint" / "latest").exists()
+
+
+class TestPlan:
+    """How many trials at a time, solved by hand."""
+
+    @pytest.fixture
+    def plan(self, tiny):
+        from bgray.experiment import resolve, run_url
+        from bgray.search import Trial
+
+        def make(resources, num=4, **runtime):
+            runtime = {"device": "auto", **runtime}
+            experiment = resolve({**tiny, "runtime": {**tiny["runtime"], **runtime}}, "f")
+            return Plan.make([Trial("x", "x", experiment, run_url(experiment))] * num, resources)
+
+        return make
+
+    def test_two_trials_share_a_gpu_when_each_asks_for_half(self, plan):
+        found = plan({"CPU": 16, "GPU": 1}, gpus=0.5)
+        assert (found.concurrency, found.gpus) == (2, 0.5)
+
+    def test_trials_with_two_workers_take_two_gpus_each(self, plan):
+        assert plan({"CPU": 16, "GPU": 8}, workers=2).concurrency == 4
+
+    def test_some_cpu_is_left_for_ray_data_whatever_the_number_of_trials(self, plan):
+        for cpus in (1, 2, 3, 16):
+            for num in (1, 2, 5):
+                found = plan({"CPU": cpus}, num=num)
+                assert found.concurrency * found.cpus <= 0.8 * cpus
+
+    def test_without_a_gpu_each_trial_gets_its_share_of_threads(self, plan):
+        assert plan({"CPU": 2}, num=1, threads=None).threads == 2
+        assert plan({"CPU": 2}, num=3, threads=None).threads == 1
+
+    def test_a_machine_told_to_use_the_cpu_ignores_its_gpus(self, plan):
+        assert plan({"CPU": 4, "GPU": 2}, device="cpu").gpus == 0
