@@ -2,8 +2,7 @@
 
 A song is composed (notes in seconds, no audio), then played at any sample rate from 16 kHz. Both
 draw from `np.random.default_rng([seed, index])` alone: song 7 is the same in whatever order.
-T samples, N steps of the roll, P 88 pitches, K partials.
-"""
+T samples, N steps of the roll, P 88 pitches, K partials."""
 
 import math
 from collections import defaultdict, namedtuple
@@ -18,10 +17,8 @@ from scipy import fft, signal
 PROGRAMS = {-1: "drums", 0: "piano", 33: "bass", 48: "strings"}
 STEPS_PER_BEAT = 24  # holds sixteenths and triplets
 LOWEST_SAMPLE_RATE = 16_000  # Hz; below it there is no room for hi-hats
-
-
+# Raised whenever a song would sound different: it stands for the music in an experiment's id.
 VERSION = 1
-"""Raised whenever a song would sound different: it stands for the music in an experiment's id."""
 
 
 @dataclass(frozen=True)
@@ -292,8 +289,8 @@ def perform(score: Score, program: int, num_samples: int, sample_rate: int) -> n
 
 def hiss(rng: np.random.Generator, high_pass_hz: float, num: int, sample_rate: int) -> np.ndarray:
     cut: Any = signal.butter(2, min(high_pass_hz, 0.35 * sample_rate), "highpass", fs=sample_rate)
-    noise = rng.standard_normal(num, np.float32)
-    return np.asarray(signal.lfilter(*cut, noise), np.float32)
+    noise = signal.lfilter(cut[0], cut[1], rng.standard_normal(num, np.float32))
+    return np.asarray(noise, np.float32)
 
 
 def ring(f, decay, amplitude, num: int, sample_rate: int) -> np.ndarray:

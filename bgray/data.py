@@ -10,11 +10,8 @@ sweep sees
 the same data, and the number of workers changes nothing.
 """
 
-import contextlib
 import functools
-import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -200,7 +197,9 @@ def on_ray(
     )
     # A work unit must arrive in its turn, whichever task finishes first.
     dataset.context.execution_options.preserve_order = True
-    blocks = iter(dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2))
+    blocks: Iterator[Any] = iter(
+        dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+    )
     expected = first
     try:
         for block in blocks:
@@ -223,7 +222,7 @@ def on_ray(
             close()
 
 
-def _unit_block(rows: dict[str, np.ndarray], *, recipe: Recipe, first: int, rank: int, world: int):
+def _unit_block(rows: Any, *, recipe: Recipe, first: int, rank: int, world: int) -> Any:
     (unit,) = (int(i) + first for i in rows["id"])
     inputs, targets = make_unit(recipe, unit, rank, world)
     return {"unit": np.full(len(inputs), unit), "inputs": inputs, "targets": targets}
@@ -236,79 +235,6 @@ def _batches(
         step = unit * recipe.batches_per_unit + i
         if start <= step < stop:
             yield Batch(step, inputs[i], targets[i])
-
-
-class Prefetched:
-    """Runs an iterator of batches in a thread, a few ahead, and says why when nothing comes for a
-    while.
-
-    on_stall(seconds) is called each time `stall_seconds` pass without a batch; after 20 of them,
-    TimeoutError.
-    Errors of the iterator are raised where the batch is asked for. Use as a context manager:
-    leaving stops the thread.
-    """
-
-    def __init__(
-        self,
-        batches: Iterator[Batch],
-        *,
-        ahead: int = 4,
-        stall_seconds: float = 30.0,
-        on_stall: Callable[[float], None] = lambda seconds: None,
-    ):
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
-        self._stop = threading.Event()
-        self._batches, self._stall_seconds, self._on_stall = batches, stall_seconds, on_stall
-        self._thread = threading.Thread(target=self._work, name="bgray-feed", daemon=True)
-
-    def __enter__(self) -> "Prefetched":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._queue.get_nowait()
-        self._thread.join(timeout=10)
-
-    def _put(self, item: Any) -> bool:
-        while not self._stop.is_set():
-            with contextlib.suppress(queue.Full):
-                self._queue.put(item, timeout=0.1)
-                return True
-        return False
-
-    def _work(self) -> None:
-        try:
-            for batch in self._batches:
-                if not self._put(batch):
-                    break
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-        finally:
-            close = getattr(self._batches, "close", None)
-            if close:
-                close()
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            item = self._get()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def _get(self) -> Any:
-        for stalls in range(1, 21):
-            with contextlib.suppress(queue.Empty):
-                return self._queue.get(timeout=self._stall_seconds)
-            self._on_stall(stalls * self._stall_seconds)
-        raise TimeoutError(
-            f"no batch for {20 * self._stall_seconds:.0f} s; see the reasons given above"
-        )
 
 
 # --- validation
@@ -396,7 +322,8 @@ def validation_set(
     for i in [*first, *sorted(set(range(len(chunks))) - set(first))]:
         if len(picked) == count:
             break
-        _, target = reader.centre_crop(*chunks[i][2:], segment)
+        _, _, shard, group, row = chunks[i]
+        _, target = reader.centre_crop(shard, group, row, segment)
         if np.sqrt(np.mean(np.square(target / 32768))) >= 10 ** (SILENCE_DBFS / 20):
             picked.append(i)
     if not picked:

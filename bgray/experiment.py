@@ -319,16 +319,13 @@ def describe(experiment: Experiment) -> dict[str, Any]:
     config, segment = experiment.data, experiment.data.segment
     batch = experiment.train.batch_size
     sources = len(build_task(experiment).sources)
+    field: Any = getattr(model, "receptive_field", None)  # samples, where it means something
     return {
         "name": experiment.name,
         "id": identity(experiment),
         "parameters": num_parameters(model),
-        "receptive_field_samples": getattr(model, "receptive_field", None),
-        "receptive_field_ms": (
-            round(1000 * model.receptive_field / config.sample_rate, 1)
-            if hasattr(model, "receptive_field")
-            else None
-        ),
+        "receptive_field_samples": field,
+        "receptive_field_ms": round(1000 * field / config.sample_rate, 1) if field else None,
         "length_multiple": getattr(model, "length_multiple", 1),
         "input_shape": [batch, config.channels, segment],
         "target_shape": [batch, sources, config.channels, segment],

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -252,7 +253,9 @@ def _repeatable(psgd_kron: Any) -> Any:
             devices = {p.device for p in group["params"] if p.is_cuda}
             # It draws from the global generator. Left at that, workers whose generators differ
             # (dropout) would get different preconditioners and so drift apart under DDP.
-            with torch.random.fork_rng(devices):
+            with torch.random.fork_rng(devices), warnings.catch_warnings():
+                # Said once, at the first step, of the scale that `psgd` chooses on purpose.
+                warnings.filterwarnings("ignore", "It's recommended to use precond_init_scale")
                 torch.manual_seed(group["noise_step"])
                 return super().step(closure)
 
@@ -285,6 +288,10 @@ def psgd(
 ) -> torch.optim.Optimizer:
     """heavyball's PSGD-Kron for all parameters; like it, `step` sets every gradient to None.
 
+    The preconditioner starts at scale 1, heavyball's default when the logs were written. Its
+    present one is guessed from the first gradients, and refuses them where a fresh ConvNeXt block
+    (scale 1e-6) makes them as small as 1e-12.
+
     `compile` autotunes at the first step (seconds to minutes) and holds for the whole process.
     """
     import heavyball  # seconds to import, so only where it is used
@@ -292,7 +299,7 @@ def psgd(
     heavyball.utils.compile_mode = "max-autotune-no-cudagraphs" if compile else None
     group = {"params": _trainable(model, lambda role, p: True), "optimizer": "psgd"}
     kron = _repeatable(heavyball.PSGDKron)
-    return kron([group], lr=lr, beta=momentum, weight_decay=weight_decay)
+    return kron([group], lr=lr, beta=momentum, weight_decay=weight_decay, precond_init_scale=1.0)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon, "psgd": psgd}

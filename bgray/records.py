@@ -156,14 +156,17 @@ def recorded_failure(url: str, stopped: Callable[[], bool] = lambda: False) -> I
         if stopped():
             close_from_outside(url, "stopped", PRUNED)
             return
-        close_from_outside(url, "failed", reason(error))
+        # An earlier try may have left another word of how it ended.
+        close_from_outside(url, "failed", reason(error), over=("running", "interrupted", "failed"))
         storage.write_bytes(storage.join(url, "error.txt"), traceback.format_exc().encode())
 
 
-def close_from_outside(url: str, state: State, why: str) -> None:
-    """Say how a run ended that could not say it itself; what it said of its end stands."""
+def close_from_outside(
+    url: str, state: State, why: str, over: tuple[State, ...] = ("running",)
+) -> None:
+    """Say how a run ended that could not say it itself; a state that is not in `over` stands."""
     info = read_info(url) or {"id": url.rsplit("/", 1)[-1]}
-    if info.get("state", "running") == "running":
+    if info.get("state", "running") in over:
         info |= {"state": state, "reason": why}
         storage.write_bytes(storage.join(url, "run.json"), json.dumps(info, indent=1).encode())
 

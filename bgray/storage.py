@@ -36,7 +36,7 @@ def read_bytes(url: str) -> bytes:
     if not is_remote(url):
         return Path(url).read_bytes()
     fs, path = filesystem(url)
-    return fs.cat_file(path)
+    return bytes(fs.cat_file(path))  # type: ignore[arg-type]
 
 
 def write_bytes(url: str, data: bytes) -> None:

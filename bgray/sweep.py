@@ -64,7 +64,7 @@ def run_sweep(sweep: Sweep, trials: "list[Trial]") -> int:
     from bgray.cluster import ray_session
     from bgray.console import Board, Row, bar
     from bgray.experiment import prepare_data
-    from bgray.records import ENDED
+    from bgray.records import ENDED, close_from_outside
     from bgray.summary import close, forecast
 
     folder = trials[0].url.rsplit("/", 1)[0]
@@ -73,6 +73,9 @@ def run_sweep(sweep: Sweep, trials: "list[Trial]") -> int:
     for row in rows:
         row.refresh()
     waiting = [row for row in rows if row.state not in ENDED]
+    for row in waiting:
+        if row.info:  # of a process that was killed; it waits for its turn now
+            close_from_outside(row.url, "interrupted", "killed")
     if waiting:
         if len(waiting) < len(rows):
             board.console.print(
@@ -222,9 +225,10 @@ def tune_trial(
     """A Tune trial that is itself the training worker."""
     from ray import tune
 
+    from bgray.context import Context, choose_feed, pick_device
     from bgray.experiment import prepare_data
     from bgray.records import recorded_failure
-    from bgray.trial import Context, choose_feed, pick_device, run_trial
+    from bgray.trial import run_trial
 
     trial, stop = _start(config, trials, stop_url)
     if trial is None:

@@ -93,8 +93,9 @@ def train_local(experiment: Experiment) -> dict[str, Any]:
     """Train in this process; returns the last metrics. Ctrl-C once leaves a checkpoint to go on
     from."""
     from bgray.console import bar
+    from bgray.context import Context, pick_device
     from bgray.experiment import prepare_data
-    from bgray.trial import Context, pick_device, run_trial
+    from bgray.trial import run_trial
 
     board = board_of(experiment)
     with bar(board.console, "preparing data") as progress:
@@ -224,8 +225,9 @@ def train_worker(config: dict[str, Any]) -> None:
     """Runs on every Train worker."""
     import ray.train
 
+    from bgray.context import Context, choose_feed, pick_device
     from bgray.experiment import prepare_data
-    from bgray.trial import Context, choose_feed, pick_device, run_to_its_end
+    from bgray.trial import run_to_its_end
 
     experiment: Experiment = config["experiment"]
     context = ray.train.get_context()

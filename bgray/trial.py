@@ -4,7 +4,6 @@ its folder."""
 import contextlib
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from bgray import checkpoint, data, probes, storage
 from bgray.config import Experiment, digest
+from bgray.context import Context, set_numerics
 from bgray.experiment import (
     Prepared,
     build_loss,
@@ -30,54 +30,8 @@ from bgray.experiment import (
 )
 from bgray.loop import Every, NotFinite, State, fit, to_device
 from bgray.optim import describe_groups
+from bgray.prefetch import Prefetched
 from bgray.records import ITEMS, METRICS, PRUNED, TIMING, Run, read_lines, reason
-
-
-@dataclass
-class Context:
-    """Where a run runs. The three kinds differ in these few values only."""
-
-    rank: int = 0
-    world: int = 1
-    device: torch.device = torch.device("cpu")  # noqa: RUF009
-    threads: int = 1
-    """torch threads on the CPU."""
-    feed: str = "process"
-    """Who makes batches: `ray` or `process`."""
-    feed_reason: str = "asked for by the caller"
-    data_cpus: float = 1.0
-    """CPUs that each Ray Data task asks for."""
-    report: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None
-    """Called on every rank once a step is evaluated and checkpointed; Tune may end the run
-    inside."""
-    stop: Callable[[], bool] = lambda: False
-    warn: Callable[[str], None] = print
-
-
-def pick_device(wanted: str) -> torch.device:
-    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda")
-    return torch.device("cpu")
-
-
-def choose_feed(experiment: Experiment) -> tuple[str, float, str]:
-    """(feed, CPUs per Ray Data task, why) for a worker of a Ray session."""
-    import ray
-
-    cpus = ray.cluster_resources().get("CPU", 0)
-    data_cpus = 1.0 if cpus >= 4 else 0.25
-    wanted = experiment.runtime.feed
-    if wanted != "auto":
-        return wanted, data_cpus, f"runtime.feed={wanted}"
-    if cpus >= 8:
-        return "ray", data_cpus, f"{cpus:g} CPUs: Ray Data can keep up with the training beside it"
-    # A work unit costs 0.4 ms CPU an example; an execution of Ray Data about 5 s CPU, and a CPU
-    # that trials hold.
-    return (
-        "process",
-        data_cpus,
-        f"{cpus:g} CPUs: too few to share with Ray Data, a thread of the trial is cheaper",
-    )
 
 
 def run_to_its_end(experiment: Experiment, prepared: Prepared, context: Context) -> None:
@@ -85,17 +39,6 @@ def run_to_its_end(experiment: Experiment, prepared: Prepared, context: Context)
     not an error to retry."""
     with contextlib.suppress(NotFinite, torch.cuda.OutOfMemoryError):
         run_trial(experiment, prepared, context)
-
-
-def set_numerics(experiment: Experiment, context: Context) -> None:
-    """Precision and threads of this process; everything that a warm worker may have inherited is
-    set."""
-    precision = experiment.train.precision
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    torch.backends.cudnn.benchmark = context.device.type == "cuda"
-    torch.set_num_threads(context.threads)
-    probes.reset_memory(context.device)
 
 
 def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> dict[str, Any]:
@@ -118,8 +61,8 @@ def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> d
         state = State(saved["step"], saved["sums"], saved["count"])
         clock.restore(saved["clock"])
     session = _Session(experiment, prepared, context, run, model, optimizer, clock)
-    session.begin(state)
     try:
+        session.begin(state)
         session.replay(state)
         state = session.train(state)
     except BaseException as error:
@@ -258,7 +201,7 @@ class _Session:
         )
         if state.step >= train.steps:
             return state
-        with data.Prefetched(
+        with Prefetched(
             self._feed(state.step),
             stall_seconds=experiment.runtime.stall_seconds,
             on_stall=self._on_stall,

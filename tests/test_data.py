@@ -13,7 +13,8 @@ from bgray import data, shards, storage
 from bgray.augment.gain import Gain
 from bgray.augment.polarity import Polarity
 from bgray.config import ConfigError, digest
-from bgray.data import Batch, Chunk, Prefetched, in_process, make_unit, on_ray, training_recipe
+from bgray.data import Batch, Chunk, in_process, make_unit, on_ray, training_recipe
+from bgray.prefetch import Prefetched
 from bgray.tasks import Unshift
 
 RATE, FRAMES = 8000, 900

@@ -47,10 +47,11 @@ def write_chirps(folder: Path) -> None:
 
 def losses(folder: Path) -> list[float]:
     """The loss of each of the 20 steps."""
+    from bgray.context import Context
     from bgray.experiment import prepare_data, resolve, run_url
     from bgray.records import read_lines
     from bgray.shards import Options, prepare
-    from bgray.trial import Context, run_trial
+    from bgray.trial import run_trial
 
     write_chirps(folder / "chirps")
     options = Options(sample_rate=8000, shifts=(12.0,), validation=0.34)
