@@ -189,7 +189,7 @@ def on_ray(
     # reading and making into one task per unit.
     ids = RangeDatasource(n=count, block_format="arrow", column_name="id")
     dataset = ray.data.read_datasource(ids, num_cpus=cpus, override_num_blocks=count).map_batches(
-        _unit_block,
+        _unit_block,  # type: ignore[arg-type]  # Ray's type leaves fn_kwargs out
         batch_size=1,
         fn_kwargs={"recipe": recipe, "first": first, "rank": rank, "world": world},
         num_cpus=cpus,
