@@ -655,63 +655,38 @@ def test_the_real_band_plays_its_stems_into_shards(tmp_path):
 # --- S3 -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    """An empty S3 bucket on a local server."""
-    import fsspec
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        fs = fsspec.filesystem("s3")
-        fs.mkdir("bgray-test")
-        yield "s3://bgray-test"
-        fs.clear_instance_cache()
-    server.stop()
-
-
-def test_s3_source_and_destination_give_the_same_data_as_local_ones(source, tmp_path, bucket):
+def test_s3_source_and_destination_give_the_same_data_as_local_ones(source, tmp_path, s3):
     (source / "cover.jpg").touch()
-    fs, root = storage.filesystem(f"{bucket}/source")
+    fs, root = storage.filesystem(f"{s3}/source")
     fs.put(str(source), root, recursive=True)
     local = prepare_here(source, tmp_path / "shards")
-    remote = prepare_here(f"{bucket}/source", f"{bucket}/shards")
+    remote = prepare_here(f"{s3}/source", f"{s3}/shards")
     assert remote.hash == local.hash
     assert remote.files == local.files
     assert remote.ignored == 1
-    assert prepare_here(f"{bucket}/source", f"{bucket}/shards") == remote
+    assert prepare_here(f"{s3}/source", f"{s3}/shards") == remote
     place = local.shards[0].name, 0
-    there = shards.read_row_group(f"{bucket}/shards", *place, voices=("audio",))
+    there = shards.read_row_group(f"{s3}/shards", *place, voices=("audio",))
     assert there == shards.read_row_group(str(tmp_path / "shards"), *place)
-    assert shards.verify(f"{bucket}/shards") == []
+    assert shards.verify(f"{s3}/shards") == []
     with pytest.raises(ConfigError, match="no shards here"):
-        read_manifest(f"{bucket}/nothing")
+        read_manifest(f"{s3}/nothing")
 
 
-def test_a_broken_file_and_a_copy_on_s3_are_named(source, tmp_path, bucket):
+def test_a_broken_file_and_a_copy_on_s3_are_named(source, tmp_path, s3):
     (source / "broken.wav").write_bytes(b"RIFF")
     shutil.copy(source / "a/0.wav", source / "copy.wav")
-    fs, root = storage.filesystem(f"{bucket}/spoilt")
+    fs, root = storage.filesystem(f"{s3}/spoilt")
     fs.put(str(source), root, recursive=True)
     options = dataclasses.replace(SMALL, max_rejected=0.2)
-    manifest = prepare_here(f"{bucket}/spoilt", tmp_path / "shards", options)
+    manifest = prepare_here(f"{s3}/spoilt", tmp_path / "shards", options)
     assert [entry["path"] for entry in manifest.rejected] == ["broken.wav"]
     assert [entry["path"] for entry in manifest.duplicates] == ["copy.wav"]
 
 
-def test_an_s3_prefix_without_audio_says_so(tmp_path, bucket):
+def test_an_s3_prefix_without_audio_says_so(tmp_path, s3):
     with pytest.raises(ConfigError, match="no audio found .* there: nothing"):
-        prepare_here(f"{bucket}/empty", tmp_path / "shards")
+        prepare_here(f"{s3}/empty", tmp_path / "shards")
     with pytest.raises(ConfigError, match="no audio found|cannot list it"):
         prepare_here("s3://no-such-bucket/x", tmp_path / "shards")
     write(tmp_path / "source/a.wav", noise(1, 1))
