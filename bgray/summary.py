@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from bgray.config import Sweep
+from bgray.config import Experiment, Sweep
 from bgray.console import MARKS, Board, duration, time_to_10k
-from bgray.experiment import build_loss, build_model, build_task, parameter_count
+from bgray.experiment import (
+    build_loss,
+    build_model,
+    build_task,
+    meta_model,
+    parameter_count,
+)
 from bgray.records import read_info
 from bgray.search import Trial
 
@@ -37,6 +43,7 @@ def print_dry(sweep: Sweep, trials: list[Trial]) -> None:
 
 
 def forecast(
+    sweep: Sweep,
     trials: list[Trial],
     threads: int,
     concurrency: int,
@@ -46,44 +53,57 @@ def forecast(
     """On a CPU: time one example through the first trial's net, and say how long all would take
     when that is longer than `patience_seconds`, with the --set that makes it short."""
     experiment = trials[0].experiment
-    train, segment = experiment.train, experiment.data.segment
-    model, loss = build_model(experiment), build_loss(experiment)
     torch.set_num_threads(threads)
-    seconds = math.inf
-    began = time.perf_counter()
-    # The best of a few: the first warms up.
-    while time.perf_counter() - began < 2 and seconds > 0.05:
-        start = time.perf_counter()
-        noise = 0.1 * torch.randn(1, experiment.data.channels, segment)
-        loss(model(noise), noise[:, None])[0].backward()
-        seconds = min(seconds, time.perf_counter() - start)
-    step = seconds * train.batch_size / experiment.runtime.workers
-    whole = sum(t.experiment.train.steps for t in trials) * step / concurrency
+    seconds = seconds_per_example(experiment)
+    step = seconds * experiment.train.batch_size / experiment.runtime.workers
+    whole = sum(trial.experiment.train.steps for trial in trials) * step / concurrency
     if whole < patience_seconds:
         return
-    steps = 100
-    batch = max(experiment.runtime.workers, min(train.batch_size, int(0.5 / seconds) or 1))
-    batch -= batch % experiment.runtime.workers
-    short = " ".join(
-        f"--set {key}={value}"
-        for key, value in {
-            "train.steps": steps,
-            "train.batch_size": batch,
-            "validation.every": steps // 2,
-            "validation.items": 8,
-        }.items()
-    )
-    if trials[0].experiment.schedule.options.get("warmup_steps", 0) >= steps:
-        short += " --set schedule.warmup_steps=0"
-    short_whole = len(trials) * steps * seconds * batch / concurrency
+    changes = shorter(sweep, experiment)
+    scale = changes.get("data.segment", experiment.data.segment) / experiment.data.segment
+    steps = changes["train.steps"] * len(trials)
+    short = steps * seconds * scale * changes["train.batch_size"] / concurrency
+    sets = " ".join(f"--set {key}={'null' if v is None else v}" for key, v in changes.items())
     console.print(
         f"No GPU here: about {duration(step)} a step, so about {duration(whole)} for these "
-        f"{len(trials)} trials "
-        f"(a guess from one example; validation comes on top).\nTo try it out in about "
-        f"{duration(short_whole)}: {short}",
+        f"{len(trials)} trials (a guess from one example; validation comes on top).\n"
+        f"To try it out in about {duration(short)}: {sets}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def seconds_per_example(experiment: Experiment) -> float:
+    """Forward, loss and backward of one training example; the best of a few, the first warms up."""
+    model, loss = build_model(experiment), build_loss(experiment)
+    seconds, began = math.inf, time.perf_counter()
+    while time.perf_counter() - began < 2 and seconds > 0.05:
+        start = time.perf_counter()
+        noise = 0.1 * torch.randn(1, experiment.data.channels, experiment.data.segment)
+        estimate = model(noise)
+        loss(estimate, torch.zeros_like(estimate))[0].backward()
+        seconds = min(seconds, time.perf_counter() - start)
+    return seconds
+
+
+def shorter(sweep: Sweep, experiment: Experiment) -> dict[str, Any]:
+    """Overrides that make a full-size sweep a matter of minutes on a CPU, and still valid."""
+    workers = experiment.runtime.workers
+    changes: dict[str, Any] = {
+        "train.steps": 100,
+        "train.batch_size": workers * max(1, 4 // workers),
+        "validation.every": 50,
+        "validation.items": 8,
+    }
+    if sweep.asha:
+        changes["asha"] = None  # its rungs lie beyond so few steps
+    if experiment.schedule.options.get("warmup_steps", 0) >= 100:
+        changes["schedule.warmup_steps"] = 0
+    multiple = getattr(meta_model(experiment), "length_multiple", 1)
+    segment = -(-8192 // multiple) * multiple
+    if segment < experiment.data.segment:
+        changes["data.segment"] = segment
+    return changes
 
 
 def close(sweep: Sweep, trials: list[Trial], board: Board, folder: str) -> None:

@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_sweep(sweep: Sweep, trials: "list[Trial]") -> int:
     """Run what is not done yet, print the table; exit code 1 when a trial failed."""
+    import torch
+
     from bgray.cluster import ray_session
     from bgray.console import Board, Row, bar
     from bgray.experiment import prepare_data
@@ -82,14 +84,16 @@ def run_sweep(sweep: Sweep, trials: "list[Trial]") -> int:
                 f"{len(rows) - len(waiting)} of {len(rows)} trials are done already; going on "
                 "with the rest"
             )
+        if not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ:
+            # Before the music is rendered and Ray is started, which take their time as well.
+            plan = Plan.make(trials, {"CPU": float(os.cpu_count() or 1)})
+            forecast(sweep, trials, plan.threads, plan.concurrency, board.console)
         with ray_session(dashboard=any(_nested(t) for t in trials)) as ray:
             for trial in _first_of_each_data(trials):
                 with bar(board.console, "preparing data") as progress:
                     prepare_data(trial.experiment, workers=None, progress=progress)
             plan = Plan.make(trials, ray.cluster_resources())
             board.console.print(plan.text)
-            if not plan.gpus:
-                forecast(trials, plan.threads, plan.concurrency, board.console)
             with board.live():
                 _tune(sweep, trials, plan, folder)
     close(sweep, trials, board, folder)
@@ -150,9 +154,16 @@ class Plan:
 
 def _tune(sweep: Sweep, trials: "list[Trial]", plan: Plan, folder: str) -> None:
     from ray import tune
+    from ray.tune.progress_reporter import TrialProgressCallback
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     from bgray.records import PRUNED, close_from_outside, reason
+
+    class Silent(TrialProgressCallback):
+        """Tune's own lines about each trial, even at verbose=0; the board has them."""
+
+        def _print(self, msg: str) -> None:
+            pass
 
     # Ours asks the trials to checkpoint first; Tune's stops them where they are.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -196,6 +207,7 @@ def _tune(sweep: Sweep, trials: "list[Trial]", plan: Plan, folder: str) -> None:
             storage_path=path,
             storage_filesystem=filesystem,
             verbose=0,
+            callbacks=[Silent()],
             failure_config=tune.FailureConfig(max_failures=0),
         ),
     )
