@@ -8,7 +8,6 @@ from bgray.experiment import run_url
 from bgray.search import expand
 from bgray.summary import forecast, shorter
 
-
 KERNELS = str(Path(__file__).parent.parent / "sweeps" / "kernels.yaml")
 
 
