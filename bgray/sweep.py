@@ -10,11 +10,11 @@ import signal
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bgray import storage
 from bgray.config import Sweep
+from bgray.resources import Plan, of_cluster, this_machine
 from bgray.train import (
     ctrl_c_asks_first,
     errors_in_one_line,
@@ -86,13 +86,13 @@ def run_sweep(sweep: Sweep, trials: "list[Trial]") -> int:
             )
         if not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ:
             # Before the music is rendered and Ray is started, which take their time as well.
-            plan = Plan.make(trials, {"CPU": float(os.cpu_count() or 1)})
+            plan = Plan.make(trials[0].experiment, len(trials), this_machine())
             forecast(sweep, trials, plan.threads, plan.concurrency, board.console)
         with ray_session(dashboard=any(_nested(t) for t in trials)) as ray:
             for trial in _first_of_each_data(trials):
                 with bar(board.console, "preparing data") as progress:
                     prepare_data(trial.experiment, workers=None, progress=progress)
-            plan = Plan.make(trials, ray.cluster_resources())
+            plan = Plan.make(trials[0].experiment, len(trials), of_cluster(ray))
             board.console.print(plan.text)
             with board.live():
                 _tune(sweep, trials, plan, folder)
@@ -110,46 +110,6 @@ def _first_of_each_data(trials: "list[Trial]") -> "list[Trial]":
     from bgray.experiment import data_hash
 
     return list({data_hash(trial.experiment): trial for trial in reversed(trials)}.values())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many trials at a time, and what each gets."""
-
-    concurrency: int
-    cpus: float
-    """Per training worker."""
-    gpus: float
-    threads: int
-    text: str
-
-    @staticmethod
-    def make(trials: "list[Trial]", resources: dict[str, float]) -> "Plan":
-        runtime = trials[0].experiment.runtime
-        cpus, gpus = (
-            resources.get("CPU", 1),
-            0 if runtime.device == "cpu" else resources.get("GPU", 0),
-        )
-        workers = runtime.workers
-        if gpus:
-            fit = max(1, int(gpus / (runtime.gpus * workers)))
-            limit = f"{gpus:g} GPUs, {runtime.gpus * workers:g} a trial"
-        else:
-            fit = max(1, int(cpus) // workers)
-            limit = f"{cpus:g} CPUs, no GPU"
-        concurrency = min(runtime.concurrency or fit, len(trials))
-        share = cpus / (concurrency * workers)
-        # A quarter stays free for Ray Data, which needs a CPU to make any batch at all.
-        asked = runtime.cpus or round(max(0.1, 0.75 * share), 2)
-        threads = runtime.threads or max(1, int(share))
-        return Plan(
-            concurrency=concurrency,
-            cpus=asked,
-            gpus=runtime.gpus if gpus else 0.0,
-            threads=threads,
-            text=f"{concurrency} of {len(trials)} trials at a time ({limit}); {threads} torch "
-            "threads a worker",
-        )
 
 
 def _tune(sweep: Sweep, trials: "list[Trial]", plan: Plan, folder: str) -> None:
@@ -173,9 +133,17 @@ def _tune(sweep: Sweep, trials: "list[Trial]", plan: Plan, folder: str) -> None:
     stop_url = storage.join(folder, ".ray", f"stop-{int(time.time())}-{os.getpid()}")
     by_id = {trial.id: trial for trial in trials}
     steps = max(trial.experiment.train.steps for trial in trials)
+
+    class Asha(ASHAScheduler):
+        """ASHA that hears what an earlier try had reached, and does not judge it once more."""
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
+            action = super().on_trial_result(tune_controller, trial, result)
+            return self.CONTINUE if result.get("replayed") else action
+
     scheduler: Any = FIFOScheduler()
     if sweep.asha:
-        scheduler = ASHAScheduler(
+        scheduler = Asha(
             time_attr="step",
             max_t=steps,
             grace_period=sweep.asha.grace_steps,
@@ -186,9 +154,7 @@ def _tune(sweep: Sweep, trials: "list[Trial]", plan: Plan, folder: str) -> None:
         drive_workers if nested else tune_trial, trials=by_id, plan=plan, stop_url=stop_url
     )
     # The driver of a nested trial only waits; its workers ask for the resources.
-    resources = (
-        {"CPU": 0.01} if nested else {"CPU": plan.cpus, **({"GPU": plan.gpus} if plan.gpus else {})}
-    )
+    resources = {"CPU": 0.01} if nested else plan.per_worker()
     path, filesystem = ray_storage(trials[0].experiment)
     tuner = tune.Tuner(
         tune.with_resources(trainable, resources),
@@ -283,7 +249,7 @@ def drive_workers(
         fit_workers(
             trial.experiment,
             trial.id,
-            cpus=plan.cpus,
+            plan,
             callbacks=(TuneReportCallback(),),
             stop_url=stop_url,
         )
@@ -301,7 +267,7 @@ def _start(config: dict[str, Any], trials: "dict[str, Trial]", stop_url: str):
     stop = stop_asked(stop_url)
     if (read_info(trial.url) or {}).get("state") in ENDED:
         for _, metrics in evaluations(trial.url):
-            tune.report(metrics)
+            tune.report({**metrics, "replayed": True})
         return None, stop
     return (None if stop() else trial), stop
 

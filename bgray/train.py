@@ -15,6 +15,7 @@ from typing import Any
 
 from bgray import storage
 from bgray.config import ConfigError, Experiment
+from bgray.resources import Plan, of_cluster
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -159,9 +160,9 @@ def train_on_ray(experiment: Experiment) -> None:
         closing(board)
         return
     with ray_session() as ray:
-        cpus = ray.cluster_resources().get("CPU", 1) / experiment.runtime.workers
+        plan = Plan.make(experiment, 1, of_cluster(ray))
         with board.live(), recorded_failure(board.rows[0].url):
-            fit_workers(experiment, identity(experiment), cpus=0.75 * cpus)
+            fit_workers(experiment, identity(experiment), plan)
     closing(board)
     if board.rows[0].state != "finished":
         sys.exit(1)
@@ -170,32 +171,28 @@ def train_on_ray(experiment: Experiment) -> None:
 def fit_workers(
     experiment: Experiment,
     run_id: str,
+    plan: Plan,
     *,
-    cpus: float,
     callbacks: tuple[Any, ...] = (),
     stop_url: str | None = None,
-):
+) -> None:
     """One TorchTrainer.fit: DDP over the experiment's workers; raises what ended it."""
-    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     warnings.filterwarnings("ignore", module="ray")
-    runtime = experiment.runtime
-    use_gpu = runtime.device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
-    per_worker: dict[str, float] = {"CPU": runtime.cpus or max(0.1, round(cpus, 2))}
-    if use_gpu:
-        per_worker["GPU"] = runtime.gpus
     path, filesystem = ray_storage(experiment)
     TorchTrainer(
         train_worker,
         train_loop_config={
             "experiment": experiment,
-            "threads": runtime.threads or max(1, int(cpus)),
+            "threads": plan.threads,
             "stop_url": stop_url,
         },
         scaling_config=ScalingConfig(
-            num_workers=runtime.workers, use_gpu=use_gpu, resources_per_worker=per_worker
+            num_workers=experiment.runtime.workers,
+            use_gpu=plan.gpus > 0,
+            resources_per_worker=plan.per_worker(),
         ),
         run_config=RunConfig(
             name=run_id,

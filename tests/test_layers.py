@@ -12,7 +12,7 @@ LAYERS = [
     {"problems"},
     {"config", "storage", "band", "metrics", "probes", "optim", "augment", "losses", "models"},
     {"cluster", "records", "shards", "sources", "plan", "ingest", "shards_command", "checkpoint"},
-    {"console", "data"},
+    {"console", "data", "resources"},
     {"tasks"},
     {"loop", "experiment", "prefetch"},
     {"context"},

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from bgray.records import read_info, read_lines, runs
-from bgray.sweep import Plan
 
 pytestmark = pytest.mark.ray
 
@@ -150,39 +149,3 @@ def test_ctrl_c_checkpoints_every_trial_and_the_same_command_goes_on(sweep_file,
     for run in stopped:
         assert run.info["step"] > 0
         assert (folder / run.id / "checkpoint" / "latest").exists()
-
-
-class TestPlan:
-    """How many trials at a time, solved by hand."""
-
-    @pytest.fixture
-    def plan(self, tiny):
-        from bgray.experiment import resolve, run_url
-        from bgray.search import Trial
-
-        def make(resources, num=4, **runtime):
-            runtime = {"device": "auto", **runtime}
-            experiment = resolve({**tiny, "runtime": {**tiny["runtime"], **runtime}}, "f")
-            return Plan.make([Trial("x", "x", experiment, run_url(experiment))] * num, resources)
-
-        return make
-
-    def test_two_trials_share_a_gpu_when_each_asks_for_half(self, plan):
-        found = plan({"CPU": 16, "GPU": 1}, gpus=0.5)
-        assert (found.concurrency, found.gpus) == (2, 0.5)
-
-    def test_trials_with_two_workers_take_two_gpus_each(self, plan):
-        assert plan({"CPU": 16, "GPU": 8}, workers=2).concurrency == 4
-
-    def test_some_cpu_is_left_for_ray_data_whatever_the_number_of_trials(self, plan):
-        for cpus in (1, 2, 3, 16):
-            for num in (1, 2, 5):
-                found = plan({"CPU": cpus}, num=num)
-                assert found.concurrency * found.cpus <= 0.8 * cpus
-
-    def test_without_a_gpu_each_trial_gets_its_share_of_threads(self, plan):
-        assert plan({"CPU": 2}, num=1, threads=None).threads == 2
-        assert plan({"CPU": 2}, num=3, threads=None).threads == 1
-
-    def test_a_machine_told_to_use_the_cpu_ignores_its_gpus(self, plan):
-        assert plan({"CPU": 4, "GPU": 2}, device="cpu").gpus == 0
