@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,7 @@ class Data:
     sample_rate: int = Field(default=48000, ge=1000)
     """Hz. Prepared shards must have exactly this rate: nothing is resampled silently."""
     channels: int = Field(default=1, ge=1, le=8)
-    segment: int = Field(default=32768, ge=1)
+    segment: int = Field(default=32768, ge=1, le=2**26)
     """Samples per training example."""
     augment: tuple[Pick, ...] = ()
     """Transforms drawn per example and applied alike to input and target."""
@@ -56,7 +57,7 @@ class Train:
     steps: int = Field(default=10_000, ge=1)
     batch_size: int = Field(default=32, ge=1)
     """Examples per step over all workers together (the global batch)."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds the weights and the stream of examples: two trials with one seed see the same data at
     the same step."""
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"
@@ -71,7 +72,7 @@ class Train:
 class Validation:
     every: int = Field(default=1000, ge=1)
     """Steps between evaluations; these are also ASHA's possible rungs."""
-    segment: int | None = Field(default=None, ge=1)
+    segment: int | None = Field(default=None, ge=1, le=2**28)
     """Samples of each centre crop; null: four training segments, as the logs had it."""
     items: int = Field(default=64, ge=1)
     """At most this many chunks, spread evenly over the validation split. Every one of them is
@@ -82,7 +83,11 @@ class Validation:
 
 @dataclass(frozen=True, config=STRICT)
 class Runtime:
-    """Where and how it runs. Nothing here changes the result, so nothing here is part of the id."""
+    """Where and how it runs; not part of the id, for it changes rounding at most.
+
+    With one exception: `mrstft` takes a norm over the batch, and with several workers over each
+    worker's part of it. Keep `workers` the same within a sweep that trains on it.
+    """
 
     results: str = "results"
     """Folder or s3:// prefix; a run writes to <results>/<name>/<id>/."""
@@ -129,7 +134,7 @@ class Asha:
 class Experiment:
     task: Pick
     model: Pick
-    name: str = "experiment"
+    name: str = Field(default="experiment", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_. +-]*$")
     """The folder under `runtime.results`; by default the YAML file's name."""
     data: Data = Field(default_factory=Data)
     loss: dict[str, Pick] = Field(default_factory=dict)
@@ -162,6 +167,9 @@ class Experiment:
             key: value for key, value in self.resolved().items() if key not in ("runtime", "name")
         }
         raw["data"] = {**raw["data"], "path": data_hash}
+        for key in ("builtin_songs", "builtin_seconds"):  # of built-in music, in `data_hash` then
+            raw["data"].pop(key)
+        raw["validation"].pop("clips")  # what is written, not what is computed
         return digest(raw)[:12]
 
 
@@ -202,10 +210,26 @@ def digest(value: Any) -> str:
 SWEEP_KEYS = frozenset(f.name for f in dataclasses.fields(Sweep)) - {"base"}
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice: the second would silently replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is written twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read(source: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
     """The YAML file as plain data, with `a.b=value` overrides applied (values are YAML). Keeps
     sweep keys."""
     path = Path(source)
+    if path.is_dir():
+        raise ConfigError(source, [("", "is a folder; give the path of an experiment's YAML")])
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = (
@@ -215,9 +239,11 @@ def read(source: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
         )
         raise ConfigError(source, [("", f"no such file{hint}")])
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(source, [("", f"not valid YAML: {error}")]) from None
+    if raw is None:
+        raise ConfigError(source, [("", "is empty; write at least `task:` and `model:`")])
     if not isinstance(raw, dict):
         raise ConfigError(
             source, [("", f"expected `key: value` lines at the top, got {type(raw).__name__}")]
@@ -295,7 +321,7 @@ def parse(raw: dict[str, Any], tables: Tables, source: str) -> Experiment:
 
     if "loss" not in raw and isinstance(raw.get("task"), dict | str):
         task = raw["task"] if isinstance(raw["task"], str) else raw["task"].get("name")
-        raw["loss"] = dict(getattr(tables["task"].get(task), "default_loss", {}))
+        raw["loss"] = dict(getattr(tables["task"].get(str(task)), "default_loss", {}))
     for section, default in {
         "task": "",
         "model": "",
@@ -353,7 +379,11 @@ def _loss(raw: Any, tables: Tables, problems: list[Problem]) -> dict[str, Any]:
             continue
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             problems.append((f"loss.{name}", wrong("float", weight)))
-            weight = 0.0
+            weight = 1.0
+        elif not 0 < weight < math.inf:
+            problems.append(
+                (f"loss.{name}", f"a weight must be above 0 and finite, got {weight!r}")
+            )
         resolved, found = resolve_options(entry, options, f"loss.{name}")
         problems.extend(found)
         picks[name] = {"name": name, "options": {"weight": float(weight), **resolved}}

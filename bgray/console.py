@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -162,7 +163,7 @@ class Board:
             vram = timing.get("vram_peak_gib")
             table.add_row(
                 row.id,
-                row.label,
+                escape(row.label),
                 f"{row.step}/{row.steps}",
                 _number(timing.get("steps_per_second"), ".3g"),
                 duration(row.eta_seconds),

@@ -72,6 +72,16 @@ def _conflicts(experiment: Experiment):
             "runtime.gpus",
             "must be 1 or more with runtime.workers > 1: DDP ranks cannot share a GPU",
         )
+    if runtime.gpus > 1 and runtime.gpus % 1:
+        yield "runtime.gpus", f"must be a whole number above 1, got {runtime.gpus:g}"
+    for path in ("results", "cache"):
+        url = getattr(runtime, path)
+        if storage.is_remote(url) and not url.startswith("s3://"):
+            yield f"runtime.{path}", f"must be a folder or start with s3://, got {url!r}"
+    try:
+        build_schedule(experiment)(0, train.steps)
+    except ValueError as error:
+        yield "schedule", str(error)
     if not misfit:
         yield from _try_losses(experiment)
 
@@ -236,10 +246,14 @@ def _builtin_hash(options: shards.Options) -> str:
 
 def data_hash(experiment: Experiment) -> str:
     """Stands for the data in the id: the manifest's hash; of built-in music its recipe, so nothing
-    need be rendered."""
+    need be rendered. ConfigError where prepared shards do not fit the experiment."""
     if experiment.data.path == "builtin":
         return _builtin_hash(_builtin_options(experiment))
-    return shards.read_manifest(experiment.data.path).hash
+    manifest = shards.read_manifest(experiment.data.path)
+    problems = list(_data_problems(experiment, build_task(experiment), manifest))
+    if problems:
+        raise ConfigError(experiment.data.path, problems)
+    return manifest.hash
 
 
 def identity(experiment: Experiment) -> str:

@@ -2,7 +2,6 @@
 files."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from bgray.optim import set_lr
 from bgray.probes import Clock
 
 FULL_SCALE = 32768.0
+NEVER = 2**62  # the step of a loss that is not finite, while there was none
 
 
 class NotFinite(RuntimeError):
@@ -73,6 +73,7 @@ def fit(
     clock: Clock | None = None,
     stop: Callable[[], bool] = lambda: False,
     average: Callable[[Tensor], Tensor] = lambda values: values,
+    earliest: Callable[[Tensor], Tensor] = lambda step: step,
 ) -> State:
     """Train `model` from state.step to `steps`, in place.
 
@@ -84,12 +85,12 @@ def fit(
       evaluate(model, step), "done" with nothing once the step is checkpointed. Whatever it raises
       ends the loop.
     stop: asked after every step; once it is true the state is saved and returned early.
-    average: of a small tensor over the DDP ranks.
+    average, earliest: mean and minimum of a small tensor over the DDP ranks.
     Raises NotFinite at the first log step after a loss that is not finite, naming the exact step.
     """
     state = state or State()
     clock = clock or Clock(device)
-    bad = torch.full((), -1, dtype=torch.long, device=device)
+    bad = torch.full((), NEVER, dtype=torch.long, device=device)
     model.train()
     clock.start()
     iterator = iter(batches)
@@ -101,7 +102,7 @@ def fit(
             raise RuntimeError(f"the batch of step {state.step} was due, but {came}")
         # Dropout and the like draw from (seed, step, rank), so a resumed run draws what the
         # unbroken one did.
-        torch.manual_seed((seed * 1_000_003 + state.step) * 65_537 + rank)
+        torch.manual_seed(((seed * 1_000_003 + state.step) * 65_537 + rank) % 2**63)
         inputs, targets = to_device(batch.inputs, device), to_device(batch.targets, device)
         scale = schedule(state.step, steps)
         set_lr(optimizer, scale)
@@ -122,7 +123,7 @@ def fit(
         finite = torch.isfinite(logged["loss"]) & torch.isfinite(
             logged.get("grad_norm", logged["loss"])
         )
-        bad = torch.where((bad < 0) & ~finite, state.step, bad)
+        bad = torch.where(~finite, torch.clamp(bad, max=state.step), bad)
         for name, value in logged.items():
             state.sums[name] = state.sums[name] + value if name in state.sums else value
         state.count += 1
@@ -132,7 +133,7 @@ def fit(
         evaluating = evaluate is not None and (state.step % every.evaluate == 0 or last)
         saving = save is not None and (state.step % every.checkpoint == 0 or last)
         if state.step % every.log == 0 or evaluating or saving:
-            _stop_if(bad, seed, average)
+            _stop_if(bad, seed, earliest)
         if state.step % every.log == 0 or last:
             clock.read()
             report("train", state.step, {**_means(state, average), "lr_scale": scale})
@@ -146,6 +147,7 @@ def fit(
         if evaluating or last:
             report("done", state.step, {})
         if not last and stop():
+            _stop_if(bad, seed, earliest)  # no checkpoint of weights that are not numbers
             if save is not None and not saving:
                 with clock.apart():
                     save(state)
@@ -170,8 +172,7 @@ def _means(state: State, average: Callable[[Tensor], Tensor]) -> dict[str, float
     return dict(zip(names, values.tolist(), strict=True))
 
 
-def _stop_if(bad: Tensor, seed: int, average: Callable[[Tensor], Tensor]) -> None:
-    # The mean over ranks is above -1 as soon as any rank saw one, so all ranks stop together.
-    step = average(bad.double()).item()
-    if step > -1 or math.isnan(step):
-        raise NotFinite(max(1, round(bad.item() if bad.item() > 0 else step)), seed)
+def _stop_if(bad: Tensor, seed: int, earliest: Callable[[Tensor], Tensor]) -> None:
+    step = int(earliest(bad).item())  # the same on all ranks, so that they stop together
+    if step < NEVER:
+        raise NotFinite(step, seed)

@@ -12,6 +12,16 @@ from typing import Any
 import torch
 
 GIB = 1024**3
+TARGET_STEPS = 10_000
+COUNTERS = (
+    "steps",
+    "warm_up_steps",
+    "target_seconds",
+    "train_seconds",
+    "data_wait_seconds",
+    "warm_up_seconds",
+    "other_seconds",
+)
 WARM_UP_STEPS = 3
 """First steps of a process: allocation, autotuning, compilation. Timed apart, and left out of the
 speed."""
@@ -29,6 +39,8 @@ class Clock:
     def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter):
         self.device, self._now = device, now
         self.steps = 0  # timed ones
+        self.warm_up_steps = 0
+        self.target_seconds: float | None = None  # of the first 10,000 steps, once they are done
         self.train_seconds = 0.0  # of timed steps, data wait included
         self.data_wait_seconds = 0.0
         self.warm_up_seconds = 0.0
@@ -54,6 +66,7 @@ class Clock:
         self._steps_since += 1
         if self._warm_up_left:
             self._warm_up_left -= 1
+            self.warm_up_steps += 1
             self._synchronize()
             self.warm_up_seconds += self._lap()
             self._steps_since, self._wait_since = 0, 0.0
@@ -66,6 +79,8 @@ class Clock:
             self.data_wait_seconds += self._wait_since
             self.steps += self._steps_since
             self._steps_since, self._wait_since = 0, 0.0
+            if self.target_seconds is None and self.steps + self.warm_up_steps >= TARGET_STEPS:
+                self.target_seconds = TARGET_STEPS * self.train_seconds / self.steps
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
@@ -85,30 +100,29 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def summary(self, target_steps: int = 10_000) -> dict[str, Any]:
-        """Numbers for timing.jsonl. time_to_10k_steps is seconds; measured once that many steps
-        were run, until
-        then extrapolated from the mean step, and `time_to_10k_steps_extrapolated` says which."""
+    def summary(self) -> dict[str, Any]:
+        """Numbers for timing.jsonl. time_to_10k_steps is in seconds: measured over the first 10,000
+        steps (a warm-up step counts as a mean one) and then kept; until then extrapolated from the
+        mean step, as `time_to_10k_steps_extrapolated` says."""
         per_step = self.train_seconds / self.steps if self.steps else None
+        waited = self.data_wait_seconds / self.train_seconds if self.train_seconds else None
+        target = self.target_seconds or (per_step and per_step * TARGET_STEPS)
         return {
             "steps_per_second": round(1 / per_step, 4) if per_step else None,
-            "data_wait_share": round(self.data_wait_seconds / self.train_seconds, 4)
-            if self.train_seconds
-            else None,
+            "data_wait_share": None if waited is None else round(waited, 4),
             "train_seconds": round(self.train_seconds, 3),
             "warm_up_seconds": round(self.warm_up_seconds, 3),
             "other_seconds": round(self.other_seconds, 3),
-            "time_to_10k_steps": round(per_step * target_steps, 1) if per_step else None,
-            "time_to_10k_steps_extrapolated": self.steps + WARM_UP_STEPS < target_steps,
+            "time_to_10k_steps": round(target, 1) if target else None,
+            "time_to_10k_steps_extrapolated": self.target_seconds is None,
             **memory(self.device),
         }
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, float | None]:
         self.read()
-        names = ("steps", "train_seconds", "data_wait_seconds", "warm_up_seconds", "other_seconds")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in COUNTERS}
 
-    def restore(self, state: dict[str, float]) -> None:
+    def restore(self, state: dict[str, float | None]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
 

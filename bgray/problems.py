@@ -38,6 +38,9 @@ def validate(
     # text for a number.
     try:
         text = json.dumps(raw, default=str)
+    except (ValueError, RecursionError):  # an anchor that holds itself
+        return None, [(path, "refers to itself")]
+    try:
         return pydantic.TypeAdapter(schema).validate_json(text, strict=True), []
     except pydantic.ValidationError as error:
         problems = [p for e in error.errors() for p in _explain(e, schema, path, also)]
@@ -58,6 +61,8 @@ def _explain(error: Any, schema: Any, prefix: str, also: Iterable[str]) -> Itera
         sign = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
         bound = next((f"{sign[k]} {v:g}" for k, v in context.items() if k in sign), "")
         yield path, f"must be {bound}, got {value!r}"
+    elif kind == "string_pattern_mismatch":
+        yield path, f"letters, digits, '_', '-', '.', '+' and spaces only, got {value!r}"
     elif kind == "literal_error":
         yield path, f"expected one of {context['expected']}, got {value!r}"
     elif kind.endswith(("_type", "_parsing", "from_float")):

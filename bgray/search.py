@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from bgray.config import ConfigError, Experiment, Sweep, read, set_path, split_sweep
+from bgray.config import (
+    SWEEP_KEYS,
+    ConfigError,
+    Experiment,
+    Sweep,
+    read,
+    set_path,
+    split_sweep,
+)
 from bgray.experiment import absolute, build_task, resolve, run_url
 
 
@@ -30,6 +38,7 @@ def expand(source: str, overrides: tuple[str, ...] = ()) -> tuple[Sweep, list[Tr
     """Every trial of a sweep file, fully checked before anything starts; ConfigError names the
     trial it is about."""
     sweep = split_sweep(read(source, overrides), source)
+    _refuse_paths(sweep, overrides, source)
     trials: dict[str, Trial] = {}
     for label, changes in combinations(sweep, source):
         raw = copy.deepcopy(sweep.base)
@@ -45,6 +54,28 @@ def expand(source: str, overrides: tuple[str, ...] = ()) -> tuple[Sweep, list[Tr
         trials[trial.id] = trial
     _check(sweep, list(trials.values()), source)
     return sweep, list(trials.values())
+
+
+def _refuse_paths(sweep: Sweep, overrides: tuple[str, ...], source: str) -> None:
+    """What varies must be part of the experiment, and not be overridden from outside as well."""
+    given = {item.partition("=")[0].strip() for item in overrides}
+    problems = []
+    for where, paths in {"search": sweep.search, **sweep.variants}.items():
+        for path in paths:
+            top = path.split(".")[0]
+            if top in SWEEP_KEYS or top in ("runtime", "name"):
+                problems.append((f"{where}.{path}", f"'{top}' cannot vary within a sweep"))
+            elif any(_overlap(path, other) for other in given):
+                problems.append(
+                    (f"--set {path}", f"{where} sets it for each trial; change it there")
+                )
+    if problems:
+        raise ConfigError(source, problems)
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one dotted path lies within the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def combinations(sweep: Sweep, source: str) -> list[tuple[str, dict[str, Any]]]:
@@ -69,11 +100,15 @@ def combinations(sweep: Sweep, source: str) -> list[tuple[str, dict[str, Any]]]:
             problems.append((f"search.{path}", str(error) or "is empty"))
     if problems:
         raise ConfigError(source, problems)
+    # Drawn once: every variant and grid cell gets the same points, so that they can be compared.
+    points = [
+        {path: draw(rng) for path, draw in draws.items()}
+        for _ in range(sweep.samples if draws else 1)
+    ]
     found = []
     for name, block in (sweep.variants or {"": {}}).items():
         for cell in itertools.product(*grids.values()):
-            for _ in range(sweep.samples if draws else 1):
-                drawn = {path: draw(rng) for path, draw in draws.items()}
+            for drawn in points:
                 searched = {**dict(zip(grids, cell, strict=True)), **drawn}
                 label = " ".join(
                     filter(None, [name, *(f"{_short(p)}={_text(v)}" for p, v in searched.items())])
@@ -95,6 +130,10 @@ def _drawer(kind: str, values: list[Any]) -> Callable[[np.random.Generator], Any
             "as text)"
         )
     low, high = values
+    if not all(math.isfinite(v) and abs(v) < 2**63 for v in values):
+        raise ValueError(f"expected finite numbers, got {values!r}")
+    if kind == "randint" and not all(isinstance(v, int) for v in values):
+        raise ValueError(f"expected two whole numbers, got {values!r}")
     if low >= high or (kind == "loguniform" and low <= 0):
         raise ValueError(
             f"expected {'0 < ' if kind == 'loguniform' else ''}low < high, got {values!r}"

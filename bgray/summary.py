@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from bgray.config import Experiment, Sweep
@@ -32,7 +33,7 @@ def print_dry(sweep: Sweep, trials: list[Trial]) -> None:
         state = (read_info(trial.url) or {}).get("state", "new")
         table.add_row(
             trial.id,
-            trial.label,
+            escape(trial.label),
             parameter_count(trial.experiment),
             str(trial.experiment.train.steps),
             state,
@@ -132,7 +133,7 @@ def close(sweep: Sweep, trials: list[Trial], board: Board, folder: str) -> None:
         vram = timing.get("vram_peak_gib")
         table.add_row(
             row.id,
-            row.label,
+            escape(row.label),
             *(f"{metrics[name]:.4f}" if name in metrics else "-" for name in scores),
             str(metrics.get("step", "-")),
             parameter_count(trial.experiment),
@@ -143,7 +144,7 @@ def close(sweep: Sweep, trials: list[Trial], board: Board, folder: str) -> None:
             if timing.get("data_wait_share") is not None
             else "-",
             MARKS.get(row.state, row.state)
-            + (f": {row.info['reason']}" if row.info.get("reason") else ""),
+            + escape(f": {row.info['reason']}" if row.info.get("reason") else ""),
         )
     sets = {row.info.get("validation") for row in board.rows if row.info.get("validation")}
     for row in board.rows:

@@ -2,19 +2,18 @@
 its folder."""
 
 import contextlib
-import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
 from bgray import checkpoint, data, probes, storage
-from bgray.config import Experiment, digest
+from bgray.config import ConfigError, Experiment
 from bgray.context import Context, set_numerics
+from bgray.evaluation import Evaluator
 from bgray.experiment import (
     Prepared,
     build_loss,
@@ -22,23 +21,45 @@ from bgray.experiment import (
     build_optimizer,
     build_recipe,
     build_schedule,
-    build_task,
-    build_validation,
     data_hash,
     num_parameters,
     run_url,
 )
-from bgray.loop import Every, NotFinite, State, fit, to_device
+from bgray.loop import Every, NotFinite, State, fit
 from bgray.optim import describe_groups
 from bgray.prefetch import Prefetched
-from bgray.records import ITEMS, METRICS, PRUNED, TIMING, Run, read_lines, reason
+from bgray.records import (
+    ENDED,
+    ITEMS,
+    METRICS,
+    PRUNED,
+    TIMING,
+    Run,
+    close_from_outside,
+    read_info,
+    read_lines,
+    reason,
+)
+
+OUT_OF_MEMORY = "out of GPU memory: lower train.batch_size, or raise runtime.gpus if it shares one"
 
 
 def run_to_its_end(experiment: Experiment, prepared: Prepared, context: Context) -> None:
     """`run_trial` for Ray: a loss that is not finite, or too little GPU memory, is a result and
     not an error to retry."""
-    with contextlib.suppress(NotFinite, torch.cuda.OutOfMemoryError):
+    ended = (read_info(run_url(experiment)) or {}).get("state") in ENDED
+    if context.world > 1 and ended:
+        return  # Train starts the workers again after one of them ran out of memory
+    try:
         run_trial(experiment, prepared, context)
+    except NotFinite:
+        pass
+    except torch.cuda.OutOfMemoryError:
+        if context.world == 1:
+            return
+        # The other ranks wait in a collective: only this one's death lets Train end them.
+        close_from_outside(run_url(experiment), "out_of_memory", OUT_OF_MEMORY)
+        raise
 
 
 def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> dict[str, Any]:
@@ -53,14 +74,18 @@ def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> d
     model = build_model(experiment).to(context.device)
     optimizer = build_optimizer(experiment, model)
     run = Run(url, experiment, data_hash(experiment)) if context.rank == 0 else None
-    saved = checkpoint.load(url, context.device)
+    saved = checkpoint.load(url)  # on the CPU: a second copy in VRAM would count as the trial's own
     state, clock = State(), probes.Clock(context.device)
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        state = State(saved["step"], saved["sums"], saved["count"])
+        sums = {name: value.to(context.device) for name, value in saved["sums"].items()}
+        state = State(saved["step"], sums, saved["count"])
         clock.restore(saved["clock"])
-    session = _Session(experiment, prepared, context, run, model, optimizer, clock)
+        del saved
+    if context.world > 1:
+        _agree_on_start(state.step, url)
+    session = _Session(experiment, prepared, context, url, run, model, optimizer, clock)
     try:
         session.begin(state)
         session.replay(state)
@@ -75,44 +100,27 @@ def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> d
 class _Session:
     """The callbacks that `fit` gets: what they share."""
 
-    def __init__(self, experiment, prepared, context, run, model, optimizer, clock):
+    def __init__(self, experiment, prepared, context, url, run, model, optimizer, clock):
         self.experiment: Experiment = experiment
         self.prepared: Prepared = prepared
         self.context: Context = context
+        self.url: str = url
         self.run: Run | None = run
         self.model: nn.Module = model
         self.optimizer: torch.optim.Optimizer = optimizer
         self.clock: probes.Clock = clock
-        self.task = build_task(experiment)
-        self.score = self.task.scorer(experiment.data.sample_rate)
-        self.validation = build_validation(experiment, prepared)
-        self.items = self.validation.load(context.rank, context.world)
-        # The listening set: some of the items, evenly spread, the same at every evaluation of
-        # every trial.
-        items, clips = (
-            len(self.validation.items),
-            min(experiment.validation.clips, len(self.validation.items)),
-        )
-        self.listening = {i * items // clips for i in range(clips)}
+        self.evaluator = Evaluator(experiment, prepared, context, url)
         self.latest: dict[str, Any] = {}
         self.compiled = "no"
 
     # --- beginning and end ---
 
     def begin(self, state: State) -> None:
-        baseline = self._scores(lambda inputs: self.task.baseline(inputs))
-        for number, inputs, targets in self.items:
-            if number in self.listening:
-                self._clip(f"{number:03d}-input", inputs[None])
-                self._clip(f"{number:03d}-target", targets)
+        baseline = self.evaluator.baseline()
         if self.run is None:
             return
-        listing = {"data": self.prepared.manifest.hash, **self.validation.listing}
-        listing_hash = digest(listing)[:12]
         folder = storage.join(self.experiment.runtime.results, self.experiment.name)
-        listing_url = storage.join(folder, f"validation-{listing_hash}.json")
-        if not storage.exists(listing_url):
-            storage.write_bytes(listing_url, _json(listing))
+        self.evaluator.write_listing(folder)
         self.run.begin(
             state.step,
             name=self.experiment.name,
@@ -121,8 +129,8 @@ class _Session:
             optimizer_groups=describe_groups(self.optimizer),
             data_hash=data_hash(self.experiment),
             manifest_hash=self.prepared.manifest.hash,
-            validation=listing_hash,
-            validation_items=len(self.validation.items),
+            validation=self.evaluator.hash,
+            validation_items=self.evaluator.num_items,
             baseline={name: float(np.mean(values)) for name, values in baseline.items()},
             baseline_items=baseline,
             seed=self.experiment.train.seed,
@@ -132,15 +140,16 @@ class _Session:
             feed=self.context.feed,
             feed_reason=self.context.feed_reason,
             step=state.step,
+            metrics=next((m for s, m in reversed(evaluations(self.url)) if s <= state.step), {}),
         )
 
     def replay(self, state: State) -> None:
-        """Tell the scheduler what an earlier try of this run had reached, so that its rungs
-        stand."""
-        for step, metrics in evaluations(run_url(self.experiment)):
-            if step <= state.step:
-                self.latest = metrics
-                self.context.report(step, metrics)
+        """Tell the scheduler what an earlier try had reached, so that its rungs stand."""
+        earlier = [(s, metrics) for s, metrics in evaluations(self.url) if s <= state.step]
+        if earlier:
+            self.latest = earlier[-1][1]
+        for step, metrics in earlier:
+            self.context.report(step, {**metrics, "replayed": True})
 
     def end(self, state: State) -> None:
         if self.run is None:
@@ -157,12 +166,7 @@ class _Session:
         if isinstance(error, NotFinite):
             self._finish("diverged", error.step, str(error))
         elif isinstance(error, torch.cuda.OutOfMemoryError):
-            peak = probes.memory(self.context.device)["vram_reserved_gib"]
-            self._finish(
-                "out_of_memory",
-                None,
-                f"out of GPU memory with {peak} GiB reserved; lower train.batch_size",
-            )
+            self._finish("out_of_memory", None, OUT_OF_MEMORY)
         elif isinstance(error, SystemExit):
             if (
                 self.run.info["state"] != "finished"
@@ -226,6 +230,7 @@ class _Session:
                 clock=self.clock,
                 stop=self._stop_together() if context.world > 1 else context.stop,
                 average=_average_over_ranks if context.world > 1 else lambda values: values,
+                earliest=_least_over_ranks if context.world > 1 else lambda step: step,
             )
 
     def _stop_together(self) -> Callable[[], bool]:
@@ -337,48 +342,10 @@ class _Session:
             ):
                 return self.model(inputs).float()
 
-        scores = self._scores(estimate, f"step-{step:06d}")
+        scores = self.evaluator.scores(estimate, f"step-{step:06d}")
         if self.run is not None:
             self.run.append(ITEMS, {"step": step, **scores})
         return {name: float(np.mean(values)) for name, values in scores.items()}
-
-    def _scores(
-        self, estimate: Callable[[Tensor], Tensor], clip: str | None = None
-    ) -> dict[str, list[float]]:
-        """Per item, in the order of the frozen list, gathered from all ranks."""
-        found: dict[int, dict[str, float]] = {}
-        with torch.no_grad():
-            for number, inputs, targets in self.items:
-                x = to_device(inputs[None], self.context.device)  # (1, C, T)
-                y = to_device(targets[None], self.context.device)  # (1, S, C, T)
-                output = estimate(x)
-                found[number] = {
-                    name: value.item() for name, value in self.score(output, y).items()
-                }
-                if clip and number in self.listening:
-                    self._clip(f"{number:03d}-{clip}", output[0].float().cpu().numpy())
-        if self.context.world > 1:
-            gathered: list[Any] = [None] * self.context.world
-            torch.distributed.all_gather_object(gathered, found)
-            found = {number: scores for part in gathered for number, scores in part.items()}
-        order = sorted(found)
-        return {name: [round(found[n][name], 6) for n in order] for name in self.task.scores}
-
-    def _clip(self, name: str, sources: np.ndarray) -> None:
-        """(S, C, T) as one WAV per source; louder than full scale is clipped, not rescaled, as it
-        would be heard."""
-        for label, audio in zip(self.task.sources, sources, strict=len(sources) > 1):
-            if audio.dtype != np.int16:
-                audio = np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int16)
-            buffer = io.BytesIO()
-            soundfile.write(
-                buffer, audio.T, self.experiment.data.sample_rate, format="WAV", subtype="PCM_16"
-            )
-            suffix = f"-{label}" if len(sources) > 1 else ""
-            # Not through the record, which only rank 0 has: each rank writes the clips of its
-            # items.
-            url = storage.join(run_url(self.experiment), "clips", f"{name}{suffix}.wav")
-            storage.write_bytes(url, buffer.getvalue())
 
 
 def evaluations(url: str) -> list[tuple[int, dict[str, Any]]]:
@@ -389,12 +356,24 @@ def evaluations(url: str) -> list[tuple[int, dict[str, Any]]]:
     ]
 
 
+def _agree_on_start(step: int, url: str) -> None:
+    """Ranks that see different checkpoints would train different steps, or wait for ever."""
+    steps: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        raise ConfigError(
+            url,
+            [("", f"the workers find checkpoints of different steps there ({steps}): it must be "
+                  "a folder that all machines share; set runtime.results to one, or to s3://")],
+        )  # fmt: skip
+
+
+def _least_over_ranks(value: Tensor) -> Tensor:
+    least = value.clone()
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+    return least
+
+
 def _average_over_ranks(values: Tensor) -> Tensor:
     torch.distributed.all_reduce(values)
     return values / torch.distributed.get_world_size()
-
-
-def _json(value: Any) -> bytes:
-    import json
-
-    return json.dumps(value, indent=1).encode() + b"\n"

@@ -16,6 +16,7 @@ LAYERS = [
     {"tasks"},
     {"loop", "experiment", "prefetch"},
     {"context"},
+    {"evaluation"},
     {"trial"},
     {"train", "search"},
     {"summary"},
