@@ -13,7 +13,8 @@ from torch import nn
 from bgray import data, shards, storage
 from bgray.augment import AUGMENTS
 from bgray.band import VERSION as BAND_VERSION
-from bgray.config import ConfigError, Experiment, digest, parse, read
+from bgray.config import ConfigError, Experiment, digest, parse
+from bgray.document import override, read
 from bgray.losses import LOSSES, LossSum
 from bgray.models import MODELS
 from bgray.optim import OPTIMIZERS, SCHEDULES
@@ -31,7 +32,22 @@ TABLES = {
 
 def load(source: str, overrides: tuple[str, ...] = ()) -> Experiment:
     """The experiment in a YAML file (a sweep's base, when it has a search), fully checked."""
-    return resolve(read(source, overrides), source)
+    return resolve(read_overridden(source, overrides), source)
+
+
+def read_overridden(source: str, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The file with --set applied. A part of the task's default loss that is changed, by --set or
+    by the search, is changed within it: `loss.l1=5` keeps the other parts."""
+    raw = read(source)
+    paths = [item.partition("=")[0] for item in overrides]
+    blocks = [raw.get("search"), *(raw.get("variants") or {}).values()]
+    paths += [path for block in blocks if isinstance(block, dict) for path in block]
+    if "loss" not in raw and any(str(path).startswith("loss.") for path in paths):
+        task = raw.get("task")
+        name = task.get("name") if isinstance(task, dict) else task
+        raw["loss"] = dict(getattr(TASKS.get(str(name)), "default_loss", {}))
+    override(raw, overrides, source)
+    return raw
 
 
 def resolve(raw: dict[str, Any], source: str) -> Experiment:

@@ -16,11 +16,10 @@ from bgray.config import (
     ConfigError,
     Experiment,
     Sweep,
-    read,
-    set_path,
     split_sweep,
 )
-from bgray.experiment import absolute, build_task, resolve, run_url
+from bgray.document import set_path
+from bgray.experiment import absolute, build_task, read_overridden, resolve, run_url
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Trial:
 def expand(source: str, overrides: tuple[str, ...] = ()) -> tuple[Sweep, list[Trial]]:
     """Every trial of a sweep file, fully checked before anything starts; ConfigError names the
     trial it is about."""
-    sweep = split_sweep(read(source, overrides), source)
+    sweep = split_sweep(read_overridden(source, overrides), source)
     _refuse_paths(sweep, overrides, source)
     trials: dict[str, Trial] = {}
     for label, changes in combinations(sweep, source):

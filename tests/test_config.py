@@ -3,8 +3,9 @@ import pickle
 
 import pytest
 
-from bgray.config import ConfigError, read, set_path, split_sweep
-from bgray.experiment import identity, resolve
+from bgray.config import ConfigError, split_sweep
+from bgray.document import read, set_path
+from bgray.experiment import identity, load, read_overridden, resolve
 
 BASE = {
     "name": "x",
@@ -108,9 +109,8 @@ def test_what_is_not_a_yaml_mapping_is_refused(tmp_path, text):
 
 def test_overrides_reach_nested_keys_and_are_yaml(tmp_path):
     (tmp_path / "x.yaml").write_text("model: {name: wav_unet, kernels: [41]}")
-    raw = read(
-        str(tmp_path / "x.yaml"), ("model.kernels=[7,23,41]", "train.steps=5", "data.path=a b")
-    )
+    sets = ("model.kernels=[7,23,41]", "train.steps=5", "data.path=a b")
+    raw = read_overridden(str(tmp_path / "x.yaml"), sets)
     assert raw["model"] == {"name": "wav_unet", "kernels": [7, 23, 41]}
     assert raw["train"] == {"steps": 5}
     assert raw["data"] == {"path": "a b"}
@@ -120,7 +120,7 @@ def test_overrides_reach_nested_keys_and_are_yaml(tmp_path):
 def test_overrides_that_cannot_be_applied_say_which(tmp_path, item):
     (tmp_path / "x.yaml").write_text("name: x")
     with pytest.raises(ConfigError, match=f"--set {item}"):
-        read(str(tmp_path / "x.yaml"), (item,))
+        read_overridden(str(tmp_path / "x.yaml"), (item,))
 
 
 def test_the_id_follows_the_config_but_not_runtime_name_or_the_datas_place():
@@ -152,3 +152,46 @@ def test_sweep_keys_are_kept_apart_and_checked():
     assert "search" not in sweep.base
     with pytest.raises(ConfigError, match="asha.grace_steps: missing"):
         split_sweep({**BASE, "asha": {}}, "f")
+
+
+def test_a_part_of_the_default_loss_is_changed_within_it(tmp_path):
+    (tmp_path / "x.yaml").write_text("task: unshift\nmodel: wav_unet")
+    loss = load(str(tmp_path / "x.yaml"), ("loss.l1=5",)).loss
+    assert {name: p.options["weight"] for name, p in loss.items()} == {"multi_mel": 1, "l1": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("task: unshift\ntask: unshift", "the key 'task' is written twice"),
+        ("task: {name: [unshift]}\nmodel: wav_unet", "expected {name: ...}"),
+        ("task: unshift\nmodel: wav_unet\ntrain: &t {steps: *t}", "refers to itself"),
+        ("task: unshift\nmodel: wav_unet\nname: ../../etc", "letters, digits"),
+        ("task: unshift\nmodel: wav_unet\ntrain: {seed: 99999999999999999999}", "train.seed"),
+        ("task: unshift\nmodel: wav_unet\nloss: {l1: .nan}", "above 0 and finite"),
+        ("task: unshift\nmodel: wav_unet\nloss: {l1: -1}", "above 0 and finite"),
+        (
+            "task: unshift\nmodel: wav_unet\nschedule: {name: wsd, warmup_steps: 100000}",
+            "schedule",
+        ),
+        ("task: unshift\nmodel: wav_unet\nruntime: {results: 'gs://x'}", "start with s3://"),
+        ("task: unshift\nmodel: wav_unet\nruntime: {gpus: 1.5}", "whole number above 1"),
+        ("task: unshift\nmodel: wav_unet\ndata: {segment: 99999999999}", "data.segment"),
+    ],
+)
+def test_odd_yaml_ends_in_a_message_and_not_in_a_traceback(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(str(tmp_path / "x.yaml"))
+    assert message in str(caught.value)
+
+
+def test_a_folder_is_no_experiment(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder"):
+        read(str(tmp_path))
+
+
+def test_a_seed_of_sixty_three_bits_is_a_seed():
+    seed = 2**63 - 1
+    assert resolve({**BASE, "train": {"seed": seed, "batch_size": 4}}, "f").train.seed == seed

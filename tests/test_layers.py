@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "bgray"
 # Each layer may import from those above it, and from itself.
 LAYERS = [
     {"problems"},
+    {"document"},
     {"config", "storage", "band", "metrics", "probes", "optim", "augment", "losses", "models"},
     {"cluster", "records", "shards", "sources", "plan", "ingest", "shards_command", "checkpoint"},
     {"console", "data", "resources"},

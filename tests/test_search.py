@@ -117,3 +117,35 @@ def test_a_sweep_whose_rungs_or_metric_make_no_sense_is_refused(sweep_file, keys
     with pytest.raises(ConfigError) as caught:
         expand(sweep_file(**keys))
     assert path in dict(caught.value.problems)
+
+
+def test_every_variant_gets_the_same_random_points():
+    spec = {"search": {"optim.lr": {"loguniform": [1e-4, 1e-2]}}, "samples": 3}
+    found = combinations(Sweep(base={}, variants={"a": {}, "b": {"x": 1}}, **spec), "f")
+    rates = [changes["optim.lr"] for _, changes in found]
+    assert rates[:3] == rates[3:]
+
+
+@pytest.mark.parametrize(
+    ("keys", "sets", "text"),
+    [
+        ({"search": {"train.seed": [0, 1]}}, ("train.seed=3",), "search sets it for each trial"),
+        ({"variants": {"a": {"train.seed": 1}}}, ("train={seed: 3}",), "a sets it for each trial"),
+        ({"search": {"runtime.gpus": [0.5, 1]}}, (), "'runtime' cannot vary"),
+        ({"search": {"asha.grace_steps": [1]}}, (), "'asha' cannot vary"),
+        ({"search": {"name": ["a", "b"]}}, (), "'name' cannot vary"),
+    ],
+)
+def test_what_cannot_take_effect_is_refused(sweep_file, keys, sets, text):
+    with pytest.raises(ConfigError) as caught:
+        expand(sweep_file(**keys), sets)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [{"uniform": [0.1, float("inf")]}, {"uniform": [0, float("nan")]}, {"randint": [1.5, 9.5]}],
+)
+def test_numbers_that_cannot_be_drawn_between_are_refused(spec):
+    with pytest.raises(ConfigError, match="search.a"):
+        combinations(Sweep(base={}, search={"a": spec}), "f")
