@@ -22,12 +22,13 @@ from bgray.config import ConfigError, Experiment
 State = Literal[
     "running", "finished", "stopped", "diverged", "out_of_memory", "interrupted", "failed"
 ]
-ENDED = ("finished", "stopped", "diverged", "out_of_memory")
+ENDED = ("finished", "stopped", "diverged")
 """States that running the sweep again leaves alone: `stopped` is pruned by ASHA, `diverged` met a
-loss that is not
-finite. The others (a crash, Ctrl-C, a full disk) go on from their last checkpoint."""
+loss that is not finite. The others (a crash, Ctrl-C, a full disk, too little GPU memory) go on from
+their last checkpoint."""
 
 PRUNED = "pruned by ASHA"
+DIFF_LIMIT = 20_000  # characters of uncommitted changes that a record keeps
 
 METRICS, TIMING, ITEMS = "metrics.jsonl", "timing.jsonl", "validation_items.jsonl"
 PACKAGES = (
@@ -79,7 +80,10 @@ class Run:
         path = storage.join(self.url, "experiment.yaml")
         if not storage.exists(path):
             return
-        old, new = yaml.safe_load(storage.read_bytes(path)), experiment.resolved()
+        try:
+            old, new = yaml.safe_load(storage.read_bytes(path)), experiment.resolved()
+        except yaml.YAMLError as error:
+            raise _damaged(path, error) from None
         ignored = ("runtime", "name")
         found = sorted(_differences(_drop(old, ignored), _drop(new, ignored)))
         found = [line for line in found if not line.startswith("data.path")]
@@ -105,11 +109,13 @@ class Run:
 
     def begin(self, from_step: int, **facts: Any) -> None:
         """This process starts (or goes on) at `step`: later lines of an earlier try are cut off."""
+        refuse_while_alive(self.url)
         for name in (METRICS, TIMING, ITEMS):
             self._cut(name, from_step)
+        storage.remove(storage.join(self.url, "error.txt"))
         attempts = [
             *self.info.get("attempts", []),
-            {"from_step": from_step, "started": _now(), **machine()},
+            {"from_step": from_step, "started": _now(), **process(), **machine()},
         ]
         self.update(id=self.id, state="running", reason=None, attempts=attempts, **facts)
 
@@ -200,10 +206,18 @@ def _complete_lines(text: str) -> Iterator[dict[str, Any]]:
 
 def read_info(url: str) -> dict[str, Any] | None:
     """run.json, or None where there is none."""
+    path = storage.join(url, "run.json")
     try:
-        return json.loads(storage.read_bytes(storage.join(url, "run.json")))
+        return json.loads(storage.read_bytes(path))
     except FileNotFoundError:
         return None
+    except json.JSONDecodeError as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: str, error: Exception) -> ConfigError:
+    text = f"is damaged ({str(error).splitlines()[0]}); move its folder away to start afresh"
+    return ConfigError(path, [("", text)])
 
 
 def runs(sweep_url: str) -> list[Summary]:
@@ -214,6 +228,46 @@ def runs(sweep_url: str) -> list[Summary]:
         if len(name) == 12 and (info := read_info(url)) is not None:
             found.append(Summary(name, url, info.get("state", "?"), info))
     return found
+
+
+# --- who holds it
+
+
+def process() -> dict[str, Any]:
+    """This process, such that another one with its number later is not taken for it."""
+    return {"pid": os.getpid(), "pid_started": _started(os.getpid())}
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this machine was started, in clock ticks since boot; None: there is
+    none."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return None
+
+
+def alive(info: dict[str, Any] | None) -> int | None:
+    """The number of another process of this machine that is at this run now, or None."""
+    if not info or info.get("state") != "running" or not info.get("attempts"):
+        return None
+    last = info["attempts"][-1]
+    pid = last.get("pid")
+    if not pid or pid == os.getpid() or last.get("host") != platform.node():
+        return None
+    return pid if _started(pid) == last.get("pid_started") else None
+
+
+def refuse_while_alive(url: str, patience_seconds: float = 20.0) -> None:
+    """ConfigError while another process of this machine trains the run: two would mix their lines.
+
+    Waits a little first: the workers of a driver that was killed notice it after seconds.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while pid := alive(read_info(url)):
+        if time.monotonic() > deadline:
+            text = f"process {pid} on this machine is training this run; wait for it or stop it"
+            raise ConfigError(url, [("", text)])
+        time.sleep(0.5)
 
 
 # --- where it ran
@@ -237,23 +291,33 @@ def machine() -> dict[str, Any]:
 
 
 def git() -> dict[str, Any]:
-    """Commit and diff of the checkout that bgray runs from; empty outside of one."""
-    here = Path(__file__).parent
+    """Commit, uncommitted changes and new files of the checkout that bgray runs from, as far as
+    they fit; empty outside of one (an installed package within another project's repository)."""
+    here = Path(__file__).resolve().parent.parent
 
     def run(*args: str) -> str | None:
+        command = ["git", "-C", str(here), *args]
         try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
             return None
         return done.stdout if done.returncode == 0 else None
 
-    commit = run("rev-parse", "HEAD")
-    if commit is None:
+    top, commit = run("rev-parse", "--show-toplevel"), run("rev-parse", "HEAD")
+    if top is None or commit is None or Path(top.strip()).resolve() != here:
         return {}
-    diff = run("diff", "HEAD", "--", ".") or ""
-    return {"commit": commit.strip(), "dirty_diff": diff[:20_000]}
+    diff = run("diff", "HEAD") or ""
+    names = (run("ls-files", "--others", "--exclude-standard") or "").splitlines()
+    new = {}
+    for name in names[:50]:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            new[name] = (here / name).read_text()[:DIFF_LIMIT]
+    return {
+        "commit": commit.strip(),
+        "dirty_diff": diff[:DIFF_LIMIT],
+        "dirty_diff_cut": len(diff) > DIFF_LIMIT,
+        "new_files": new if sum(map(len, new.values())) <= DIFF_LIMIT else names,
+    }
 
 
 def _version(package: str) -> str | None:

@@ -60,13 +60,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_sweep(sweep: Sweep, trials: "list[Trial]") -> int:
-    """Run what is not done yet, print the table; exit code 1 when a trial failed."""
+    """Run what is not done yet, print the table; exit code 1 when a trial failed, 130 "
+    "after Ctrl-C."""
     import torch
 
     from bgray.cluster import ray_session
     from bgray.console import Board, Row, bar
     from bgray.experiment import prepare_data
-    from bgray.records import ENDED, close_from_outside
+    from bgray.records import ENDED, close_from_outside, refuse_while_alive
     from bgray.summary import close, forecast
 
     folder = trials[0].url.rsplit("/", 1)[0]
@@ -77,7 +78,9 @@ def run_sweep(sweep: Sweep, trials: "list[Trial]") -> int:
     waiting = [row for row in rows if row.state not in ENDED]
     for row in waiting:
         if row.info:  # of a process that was killed; it waits for its turn now
-            close_from_outside(row.url, "interrupted", "killed")
+            refuse_while_alive(row.url)
+            over = ("running", "out_of_memory")
+            close_from_outside(row.url, "interrupted", "to be continued", over)
     if waiting:
         if len(waiting) < len(rows):
             board.console.print(
@@ -97,7 +100,8 @@ def run_sweep(sweep: Sweep, trials: "list[Trial]") -> int:
             with board.live():
                 _tune(sweep, trials, plan, folder)
     close(sweep, trials, board, folder)
-    return 1 if any(row.state == "failed" for row in rows) else 0
+    states = {row.state for row in rows}
+    return 1 if "failed" in states else 130 if "interrupted" in states else 0
 
 
 def _nested(trial: "Trial") -> bool:

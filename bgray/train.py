@@ -57,15 +57,22 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        message, code = f"error: {error}", 2
+    except BrokenPipeError:  # `| head` has seen enough
+        message, code = "", 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        # Full disk, no permission, storage that does not answer: say what and where; what is
-        # written stays.
+        # Full disk, no permission, storage that does not answer: what is written stays.
         where = f" ({error.filename})" if error.filename else ""
-        sys.exit(
-            f"error: {error.strerror or error}{where}; mend that and run the same command "
-            "again: it continues"
-        )
+        again = "mend that and run the same command again: it continues"
+        message, code = f"error: {error.strerror or error}{where}; {again}", 2
+    except KeyboardInterrupt:
+        message, code = "stopped; the same command goes on from what is written", 130
+    else:
+        return
+    if message:
+        print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -90,15 +97,20 @@ def ctrl_c_asks_first(say: Callable[[str], None] = print) -> Iterator[Callable[[
 # --- here
 
 
-def train_local(experiment: Experiment) -> dict[str, Any]:
-    """Train in this process; returns the last metrics. Ctrl-C once leaves a checkpoint to go on
-    from."""
+def train_local(experiment: Experiment) -> None:
+    """Train in this process. Ctrl-C once leaves a checkpoint to go on from, and exits with 130."""
     from bgray.console import bar
     from bgray.context import Context, pick_device
     from bgray.experiment import prepare_data
-    from bgray.trial import run_trial
+    from bgray.records import ENDED
+    from bgray.trial import run_to_its_end
 
     board = board_of(experiment)
+    board.rows[0].refresh()
+    if board.rows[0].state in ENDED:
+        board.console.print("already done:")
+        closing(board)
+        return
     with bar(board.console, "preparing data") as progress:
         prepared = prepare_data(experiment, progress=progress)
     with ctrl_c_asks_first() as stop, board.live():
@@ -108,9 +120,10 @@ def train_local(experiment: Experiment) -> dict[str, Any]:
             stop=stop,
             warn=board.console.print,
         )
-        latest = run_trial(experiment, prepared, context)
+        run_to_its_end(experiment, prepared, context)
     closing(board)
-    return latest
+    if board.rows[0].state != "finished":
+        sys.exit(130 if board.rows[0].state == "interrupted" else 1)
 
 
 def board_of(experiment: Experiment):
@@ -149,7 +162,12 @@ def train_on_ray(experiment: Experiment) -> None:
     from bgray.cluster import ray_session
     from bgray.console import bar
     from bgray.experiment import identity, prepare_data
-    from bgray.records import ENDED, recorded_failure
+    from bgray.records import (
+        ENDED,
+        close_from_outside,
+        recorded_failure,
+        refuse_while_alive,
+    )
 
     board = board_of(experiment)
     with bar(board.console, "preparing data") as progress:
@@ -161,7 +179,12 @@ def train_on_ray(experiment: Experiment) -> None:
         return
     with ray_session() as ray:
         plan = Plan.make(experiment, 1, of_cluster(ray))
-        with board.live(), recorded_failure(board.rows[0].url):
+        url = board.rows[0].url
+        if board.rows[0].info:
+            refuse_while_alive(url)
+            over = ("running", "out_of_memory")
+            close_from_outside(url, "interrupted", "to be continued", over)
+        with board.live(), recorded_failure(url):
             fit_workers(experiment, identity(experiment), plan)
     closing(board)
     if board.rows[0].state != "finished":

@@ -47,7 +47,8 @@ OUT_OF_MEMORY = "out of GPU memory: lower train.batch_size, or raise runtime.gpu
 def run_to_its_end(experiment: Experiment, prepared: Prepared, context: Context) -> None:
     """`run_trial` for Ray: a loss that is not finite, or too little GPU memory, is a result and
     not an error to retry."""
-    ended = (read_info(run_url(experiment)) or {}).get("state") in ENDED
+    state = (read_info(run_url(experiment)) or {}).get("state")
+    ended = state in (*ENDED, "out_of_memory")
     if context.world > 1 and ended:
         return  # Train starts the workers again after one of them ran out of memory
     try:

@@ -1,4 +1,7 @@
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,3 +186,32 @@ def test_run_json_is_whole_while_it_is_being_rewritten(tmp_path, tiny, monkeypat
     with pytest.raises(OSError, match="power cut"):
         run.update(step=4)
     assert json.loads(Path(tmp_path, "run.json").read_text())["step"] == 3
+
+
+def test_a_run_that_another_living_process_is_at_is_refused(tmp_path, monkeypatch):
+    url = str(tmp_path)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    attempt = {
+        "host": platform.node(),
+        "pid": other.pid,
+        "pid_started": records._started(other.pid),
+    }
+    info = {"state": "running", "attempts": [attempt]}
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    try:
+        with pytest.raises(ConfigError, match=f"process {other.pid} on this machine is training"):
+            records.refuse_while_alive(url, patience_seconds=0.1)
+        # Another process with that number later is somebody else.
+        stranger = {**info, "attempts": [{**attempt, "pid_started": "1"}]}
+        assert records.alive(stranger) is None
+        assert records.alive({**info, "state": "interrupted"}) is None
+    finally:
+        other.kill()
+        other.wait()
+    records.refuse_while_alive(url, patience_seconds=0)
+
+
+def test_a_damaged_run_json_is_named(tmp_path):
+    (tmp_path / "run.json").write_text('{"state": "runn')
+    with pytest.raises(ConfigError, match="run.json:\n  is damaged"):
+        records.read_info(str(tmp_path))

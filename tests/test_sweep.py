@@ -142,7 +142,7 @@ def test_ctrl_c_checkpoints_every_trial_and_the_same_command_goes_on(sweep_file,
     wait_for(lambda: list(folder.glob("*/timing.jsonl")), process)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    assert process.returncode == 130
     assert "the same command goes on" in out
     stopped = [run for run in runs(str(folder)) if run.state == "interrupted"]
     assert stopped
