@@ -77,7 +77,7 @@ class Chunk:
     def crop(self, voice: str, start: int, length: int) -> np.ndarray:
         """(C, length) int16 from `start`; zeros before the chunk's beginning and after its end."""
         if voice not in self._decoded:
-            self._decoded[voice] = shards.decode_flac(self.row.voices[voice])
+            self._decoded[voice] = shards.decode_voice(self.row, voice)
         audio = self._decoded[voice]
         low, high = max(0, start), min(audio.shape[1], start + length)
         if (low, high) == (start, start + length):

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from bgray.config import ConfigError, digest
 from bgray.plan import SPLITS, Job, listing, make_plan, sha, way_out
 from bgray.shards import CHUNK_SECONDS, Manifest, Options, Row, Shard
 from bgray.sources import Item, Rejected
+
+SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
+WRITTEN_NAMES = rf"({SHARD_NAME.pattern}|manifest\.json)"
 
 
 def prepare(
@@ -50,7 +54,8 @@ def prepare(
     plan = make_plan(items, unusable, destination, options)
     _check_rejected(source, plan.rejected, total - len(plan.duplicates), options)
     with _writing(destination):
-        _begin(destination, source, plan_hash)
+        _begin(destination, source, plan_hash, {job.hash for job in plan.jobs})
+        leftovers = storage.leftovers(destination, WRITTEN_NAMES)
     reports = {job.hash: report for job in plan.jobs if (report := finished(job))}
     waiting = [job for job in plan.jobs if job.hash not in reports]
     if progress:
@@ -90,8 +95,12 @@ def prepare(
     with _writing(destination):
         for name in set(storage.listdir(destination)) - {shard.name for shard in manifest.shards}:
             # Left by an earlier, unfinished plan.
-            if name.startswith(SPLITS) and name.endswith(".parquet"):
+            if SHARD_NAME.fullmatch(name):
                 storage.remove(storage.join(destination, name))
+        # Unchanged all the while: of a process that was killed, not of one that is writing now.
+        now = storage.leftovers(destination, WRITTEN_NAMES)
+        for path in (path for path, time in leftovers.items() if now.get(path) == time):
+            storage.remove(path)
         storage.write_bytes(shards.manifest_url(destination), manifest.to_json())
     return shards.read_manifest(destination)
 
@@ -124,8 +133,7 @@ def finished(job: Job) -> dict[str, Any] | None:
             storage.read_bytes(shards.plan_url(job.destination, f"{job.hash}.json"))
         )
         if report["shard"]:
-            fs, path = storage.filesystem(storage.join(job.destination, job.name))
-            if fs.size(path) != report["shard"]["bytes"]:
+            if storage.size(storage.join(job.destination, job.name)) != report["shard"]["bytes"]:
                 return None
         return report
     except (FileNotFoundError, NotADirectoryError):
@@ -153,6 +161,7 @@ def write_shard(job: Job) -> dict[str, Any]:
             "source_rate": clip.source_rate,
             "source_channels": clip.source_channels,
             "sha256": clip.sha256,
+            "gain_db": round(clip.gain_db, 3) + 0.0,
         }
         files.append(file | ({"muted": list(clip.muted)} if job.stems else {}))
     shard = None
@@ -207,6 +216,7 @@ def chunk_bounds(length: int, sample_rate: int) -> list[tuple[int, int]]:
 
 
 def _int16(audio: np.ndarray) -> np.ndarray:
+    # Only exactly full scale is above the largest number; the clip's gain took care of the rest.
     return np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
 
 
@@ -217,14 +227,21 @@ def _absolute(url: str) -> str:
     return url if storage.is_remote(url) else str(Path(url).absolute())
 
 
-def _begin(destination: str, source: str, plan_hash: str) -> None:
-    """Record the plan; forget the reports of another one, whose shards this one overwrites."""
+def _begin(destination: str, source: str, plan_hash: str, jobs: set[str]) -> None:
+    """Record the plan; of another one keep the reports of the jobs that both have, and forget the
+    rest, whose shards may be overwritten."""
     url = shards.plan_url(destination)
     if storage.exists(url):
         if json.loads(storage.read_bytes(url))["plan"] == plan_hash:
             return
         for name in storage.listdir(storage.join(destination, ".plan")):
-            storage.remove(shards.plan_url(destination, name))
+            if name.removesuffix(".json") not in {*jobs, "plan"}:
+                storage.remove(shards.plan_url(destination, name))
+    else:
+        there = [name for name in storage.listdir(destination) if SHARD_NAME.fullmatch(name)]
+        if there:
+            text = f"holds {there[0]}, which bgray did not write here; give another folder"
+            raise ConfigError(destination, [("", text)])
     storage.write_bytes(url, json.dumps({"plan": plan_hash, "source": source}).encode())
 
 
@@ -267,15 +284,10 @@ def _check_rejected(source: str, rejected: dict[str, str], total: int, options: 
 @contextlib.contextmanager
 def _writing(destination: str) -> Iterator[None]:
     """A disk or bucket that cannot be written, as one line."""
-    failures: tuple[type[Exception], ...] = (OSError,)
-    if storage.is_remote(destination):
-        from botocore.exceptions import BotoCoreError
-
-        failures = (OSError, BotoCoreError)  # no credentials, no such host
     try:
         yield
-    except failures as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = f"cannot write shards: {error}; make it writable"
         if full:
             what = f"no space left on {destination} while writing shards; free some"

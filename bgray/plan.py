@@ -130,18 +130,19 @@ def validation_groups(groups: list[str], options: Options) -> set[str]:
         return set(options.validation_groups)
     count = min(math.ceil(round(options.validation * len(groups), 6)), len(groups) - 1)
     if count < 1:
-        why = (
-            f"--validation {options.validation:g}"
-            if options.validation == 0
-            else f"only one group ({groups[0]})"
-        )
-        raise ConfigError("split", [("", f"zero validation files: {why}; {way_out(options)}")])
+        why = f"--validation 0; {way_out(options)}"
+        if len(groups) == 1:  # no share of it helps
+            why = f"only one group ({groups[0]}); add files{_regroup(options)}"
+        raise ConfigError("split", [("", f"zero validation files: {why}")])
     return set(sorted(groups, key=sha)[:count])
 
 
 def way_out(options: Options) -> str:
-    regroup = " or use --group file" if options.group == "folder" else ""
-    return f"give --validation or --validation-groups, or add files{regroup}"
+    return f"give --validation or --validation-groups, or add files{_regroup(options)}"
+
+
+def _regroup(options: Options) -> str:
+    return " or use --group file" if options.group == "folder" else ""
 
 
 def _unknown_group(name: str, groups: list[str]) -> str:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +30,9 @@ CHUNK_SECONDS = 10.0
 ROW_GROUP_SIZE = 8  # about 4.5 MB of mono pairs: one good-sized read from S3
 PLAIN_COLUMNS = ("key", "group", "start", "frames")  # every other column is a voice
 COMMAND = "python -m bgray.shards"
+# What pyarrow raises over broken bytes, besides an OSError with one of these words.
+BROKEN = (pa.ArrowException, UnicodeDecodeError, KeyError)
+BROKEN_WORDS = re.compile(r"thrift|parquet|\bpage\b|end of stream|column|decod", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,15 @@ class Options:
             "max_rejected": (0, 1),
             "min_seconds": (0, float("inf")),
             "songs": (2, float("inf")),
+            "seed": (0, float("inf")),
         }
         problems = [
             (name, f"must be {low:g} to {high:g}, got {getattr(self, name)!r}")
             for name, (low, high) in limits.items()
             if not low <= getattr(self, name) <= high
         ]
-        if 0 in self.shifts or any(abs(shift) > 36 for shift in self.shifts):
-            problems.append(("shift", f"must be -36 to 36 semitones and not 0, got {self.shifts}"))
+        if not all(0 < abs(shift) <= 24 for shift in self.shifts):  # NaN neither
+            problems.append(("shift", f"must be -24 to 24 semitones and not 0, got {self.shifts}"))
         if len(set(self.shifts)) < len(self.shifts):
             problems.append(("shift", f"names one twice: {self.shifts}"))
         if self.group not in ("file", "folder"):
@@ -97,6 +102,8 @@ class Row:
     frames: int
     voices: dict[str, bytes]
     """FLAC files, not decoded."""
+    place: str = dataclasses.field(default="", compare=False)
+    """Where it was read, for messages: `<url>/<shard>, row group <index>`."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,19 @@ def decode_flac(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(audio.T)
 
 
+def decode_voice(row: Row, voice: str) -> np.ndarray:
+    """One voice of a row -> int16 (C, T); ConfigError with the row's place where it is corrupt."""
+    try:
+        return decode_flac(row.voices[voice])
+    except soundfile.SoundFileError as error:
+        reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
+        text = (
+            f"chunk {row.key} @{row.start}, voice {voice}: corrupt ({reason}); "
+            f"check with {COMMAND} --verify {row.place.rpartition('/')[0]}"
+        )
+        raise ConfigError(row.place, [("", text)]) from error
+
+
 def encode_shard(rows: Sequence[Row], voices: Sequence[str]) -> bytes:
     """A Parquet file; the same rows give the same bytes."""
     columns: dict[str, pa.Array] = {
@@ -220,16 +240,33 @@ def read_row_group(
 ) -> list[Row]:
     """The rows of one row group: eight chunks, or the shard's last few.
 
+    A corrupt or missing shard is a ConfigError; OSErrors of the disk, the network or S3 pass.
+
     voices: which to read; None: all; (): only the plain columns.
     """
     target = storage.join(url, shard_name)
-    if not storage.is_remote(target):
-        with pq.ParquetFile(target, memory_map=True) as file:
-            return _rows(file, index, voices, target)
-    fs, path = storage.filesystem(target)
-    # Parquet knows which ranges it needs; fsspec's read-ahead would fetch megabytes around each.
-    with fs.open(path, "rb", cache_type="none") as handle:
-        return _rows(pq.ParquetFile(handle, pre_buffer=True), index, voices, target)
+    try:
+        if not storage.is_remote(target):
+            with pq.ParquetFile(target, memory_map=True) as file:
+                return _rows(file, index, voices, target)
+        with storage.plain_errors(target):
+            fs, path = storage.filesystem(target)
+            # Parquet knows which ranges it needs; fsspec's read-ahead would fetch megabytes more.
+            with fs.open(path, "rb", cache_type="none") as handle:
+                return _rows(pq.ParquetFile(handle, pre_buffer=True), index, voices, target)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _unusable(url, target, "missing") from error
+    except BROKEN as error:
+        raise _unusable(url, target, str(error)) from error
+    except OSError as error:
+        if error.errno is None and BROKEN_WORDS.search(str(error)):
+            raise _unusable(url, target, str(error)) from error
+        raise
+
+
+def _unusable(url: str, target: str, reason: str) -> ConfigError:
+    text = f"cannot be read ({' '.join(reason.split())}); check with {COMMAND} --verify {url}"
+    return ConfigError(target, [("", text)])
 
 
 def _rows(file: pq.ParquetFile, index: int, voices: Sequence[str] | None, source: str) -> list[Row]:
@@ -241,8 +278,9 @@ def _rows(file: pq.ParquetFile, index: int, voices: Sequence[str] | None, source
         )
     columns = file.read_row_group(index, columns=[*PLAIN_COLUMNS, *voices]).to_pydict()
     plain = zip(*(columns[name] for name in PLAIN_COLUMNS), strict=True)
+    place = f"{source}, row group {index}"
     return [
-        Row(key, group, start, frames, {voice: columns[voice][i] for voice in voices})
+        Row(key, group, start, frames, {voice: columns[voice][i] for voice in voices}, place)
         for i, (key, group, start, frames) in enumerate(plain)
     ]
 
@@ -311,7 +349,7 @@ def _shard_problems(url: str, shard: Shard, manifest: Manifest) -> Iterator[str]
                         yield f"{row.key} at {row.start}, {voice}: {shape}, not {expected}"
     except FileNotFoundError:
         yield "missing"
-    except (OSError, ConfigError, pa.ArrowException, soundfile.SoundFileError) as error:
+    except (OSError, ConfigError, *BROKEN, soundfile.SoundFileError) as error:
         yield f"unreadable: {error}"
 
 

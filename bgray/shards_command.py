@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error("--list and --verify take one folder and nothing else")
     elif len(args.places) != 2:
         parser.error("expected SOURCE and DESTINATION, or --list or --verify with a folder")
+    if args.workers is not None and args.workers < 0:
+        parser.error(f"--workers: must be 0 or more, got {args.workers}")
     console = Console(highlight=False, soft_wrap=True)
     try:
         if args.list:
@@ -41,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _prepare(args, console)
     except ConfigError as error:
         print(error, file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         text = "stopped; run the same command again to go on: finished shards are kept"
@@ -105,6 +112,8 @@ def _prepare(args: argparse.Namespace, console: Console) -> None:
     console.print(
         f"{resampled} of {len(manifest.files)} files resampled to {manifest.sample_rate} Hz"
     )
+    if scaled := sum(file.get("gain_db", 0.0) < 0 for file in manifest.files):
+        console.print(f"{scaled} files scaled down to avoid clipping")
     console.print(
         f"{len(manifest.rejected)} rejected, {len(manifest.duplicates)} duplicates, "
         f"{manifest.ignored} files that are not audio"

@@ -7,6 +7,7 @@ them is ignored, because `audio` is made as the stems' sum.
 import difflib
 import hashlib
 import io
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -23,11 +24,11 @@ from bgray.shards import PLAIN_COLUMNS, Options
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 SILENCE = 1e-4  # peak of full scale, -80 dB: dither is below it, music is not
+LARGEST_PEAK = 8  # of floats: beyond it they are not on a full scale of 1
 LOWEST_RATE_SHARE = 0.9  # 44.1 kHz may become 48 kHz: the missing 2 kHz are above hearing
 LARGEST_STEM_DIFFERENCE_SECONDS = 0.1
-MP3_SLACK_FRAMES = (
-    2 * 1152
-)  # files that encoders wrote whole miss the header's length by part of a frame or two
+# Files that encoders wrote whole miss the header's length by part of a frame or two.
+MP3_SLACK_FRAMES = 2 * 1152
 MP3_LARGEST_TAG = 16_384  # bytes after the sound
 DECLARED_BYTES_UNKNOWN = 0x7FFF0000  # written by programs that stream to a pipe
 
@@ -68,6 +69,8 @@ class Clip:
     source_channels: int
     sha256: str
     """Of the source files' bytes."""
+    gain_db: float
+    """0, or below where a voice would have clipped; the same for all voices."""
     muted: tuple[str, ...] = ()
     """Stems that are silent here, or that the track lacks."""
 
@@ -179,12 +182,11 @@ def _local(source: str) -> Iterator[Part]:
 
 
 def _remote(source: str) -> Iterator[Part]:
-    from botocore.exceptions import BotoCoreError
-
-    fs, root = storage.filesystem(source)
     try:
-        found = dict(fs.find(root, detail=True))
-    except (OSError, BotoCoreError) as error:
+        with storage.plain_errors(source):
+            fs, root = storage.filesystem(source)
+            found = dict(fs.find(root, detail=True))
+    except OSError as error:
         raise ConfigError(source, [("", f"cannot list it: {error}")]) from None
     for path, info in found.items():
         name = path.removeprefix(root).lstrip("/")
@@ -219,7 +221,8 @@ def read_header(item: Item, options: Options) -> list[Header]:
     headers = []
     for part in item.parts:
         try:
-            with soundfile.SoundFile(part.path) as file:
+            # As bytes: a name need not be UTF-8.
+            with soundfile.SoundFile(os.fsencode(part.path)) as file:  # type: ignore[arg-type]
                 headers.append(_header(file))
         except (soundfile.SoundFileError, OSError) as error:
             raise Rejected(_unreadable(part, error)) from None
@@ -251,13 +254,14 @@ def read_clip(item: Item, options: Options, stems: Sequence[str]) -> Clip:
         headers.append(header)
     _check(headers, item, options)
     for stem, audio in parts.items():
+        where = f" in {stem}" if options.stems else ""
         if not np.isfinite(audio).all():
-            raise Rejected("holds NaN or Inf" + (f" in {stem}" if options.stems else ""))
+            raise Rejected("holds NaN or Inf" + where)
+        if (peak := float(np.abs(audio).max())) > LARGEST_PEAK:
+            raise Rejected(f"peak {peak:g}{where}: not on a full scale of 1.0")
     length = max(audio.shape[1] for audio in parts.values())
     rate = headers[0].sample_rate
-    parts = {
-        s: _convert(_pad(audio, length), rate, options) for s, audio in parts.items()
-    }  # (C, T)
+    parts = {s: _convert(_pad(a, length), rate, options) for s, a in parts.items()}  # (C, T)
     muted = ()
     if options.stems:
         parts = {
@@ -267,9 +271,8 @@ def read_clip(item: Item, options: Options, stems: Sequence[str]) -> Clip:
         audio = np.stack(list(parts.values())).sum(axis=0)  # (C, T)
     else:
         audio = parts.popitem()[1]
-    return Clip(
-        _voices(audio, parts, options), rate, headers[0].channels, content.hexdigest(), muted
-    )
+    voices, gain_db = _voices(audio, parts, options)
+    return Clip(voices, rate, headers[0].channels, content.hexdigest(), gain_db, muted)
 
 
 def _song(index: int, options: Options, stems: Sequence[str]) -> Clip:
@@ -284,23 +287,26 @@ def _song(index: int, options: Options, stems: Sequence[str]) -> Clip:
     parts = {stem: named.get(stem, np.zeros_like(mixture)) for stem in stems}
     muted = tuple(stem for stem, audio in parts.items() if np.abs(audio).max() < SILENCE)
     content = hashlib.sha256(song.mixture.tobytes()).hexdigest()
-    return Clip(_voices(mixture, parts, options), options.sample_rate, 1, content, muted)
+    voices, gain_db = _voices(mixture, parts, options)
+    return Clip(voices, options.sample_rate, 1, content, gain_db, muted)
 
 
 def _voices(
     audio: np.ndarray, stems: dict[str, np.ndarray], options: Options
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], float]:
+    """(all voices, the gain in dB that keeps each of them within full scale)."""
     from bgray.augment.pitch_shift import pitch_shift
 
-    peak = float(np.abs(audio).max())
-    if peak < SILENCE:
+    if np.abs(audio).max() < SILENCE:
         raise Rejected("silent (peak below -80 dB of full scale)")
-    if stems and peak > 1:  # one factor for all, or they would no longer add up
-        audio, stems = audio / peak, {name: stem / peak for name, stem in stems.items()}
-    shifted = {
-        f"shift_{by:g}": pitch_shift(audio, by, options.sample_rate) for by in options.shifts
-    }
-    return {"audio": audio, **stems, **shifted}
+    voices = {"audio": audio, **stems}
+    for by in options.shifts:
+        voices[f"shift_{by:g}"] = pitch_shift(audio, by, options.sample_rate)
+    peak = max(float(np.abs(voice).max()) for voice in voices.values())
+    if peak <= 1:
+        return voices, 0.0
+    # One factor for all, or stems would no longer add up and shifts no longer match.
+    return {name: voice / peak for name, voice in voices.items()}, -20 * math.log10(peak)
 
 
 def _decode(data: bytes, part: Part) -> tuple[Header, np.ndarray]:

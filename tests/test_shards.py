@@ -230,6 +230,23 @@ def test_a_lost_shard_is_written_again_and_the_others_are_kept(source, tmp_path,
     assert contents(tmp_path / "shards") == before
 
 
+def test_shards_that_a_repaired_file_does_not_touch_are_kept(source, tmp_path, monkeypatch):
+    silent, real, written = source / "silent.wav", ingest.write_shard, []
+    write(silent, np.zeros(RATE))
+    monkeypatch.setattr(ingest, "write_shard", lambda job: written.append(job.name) or real(job))
+    options = dataclasses.replace(SMALL, validation_groups=("b/7.wav",))
+    with pytest.raises(ConfigError, match="silent.wav: silent"):
+        prepare_here(source, tmp_path / "shards", options)
+    assert written == ["train-00000.parquet", "validation-00000.parquet"]
+    written.clear()
+    silent.unlink()
+    prepare_here(source, tmp_path / "shards", options)
+    assert written == ["train-00000.parquet"]
+    prepare_here(source, tmp_path / "fresh", options)
+    assert contents(tmp_path / "shards") == contents(tmp_path / "fresh")
+    assert len(list((tmp_path / "shards/.plan").iterdir())) == 3  # the plan and two reports
+
+
 @pytest.mark.usefixtures("many_shards")
 def test_an_unfinished_run_with_other_options_leaves_nothing_behind(source, tmp_path):
     prepare_here(source, tmp_path / "shards")
@@ -342,9 +359,19 @@ def test_zero_validation_files_is_an_error(tmp_path, share):
     write(tmp_path / "source/a/1.wav", noise(1, 1))
     write(tmp_path / "source/a/2.wav", noise(1, 2))
     options = dataclasses.replace(SMALL, validation=share, group="folder")
-    with pytest.raises(ConfigError, match="zero validation files: .*give --validation or"):
+    with pytest.raises(ConfigError, match=r"only one group \(a\); add files or use --group file$"):
         prepare_here(tmp_path / "source", tmp_path / "shards", options)
     assert not (tmp_path / "shards").exists()
+
+
+def test_a_share_of_zero_says_which_option_and_a_lone_file_only_asks_for_more(tmp_path):
+    write(tmp_path / "source/1.wav", noise(1, 1))
+    with pytest.raises(ConfigError, match=r"only one group \(1.wav\); add files$"):
+        prepare_here(tmp_path / "source", tmp_path / "shards")
+    write(tmp_path / "source/2.wav", noise(1, 2))
+    options = dataclasses.replace(SMALL, validation=0.0)
+    with pytest.raises(ConfigError, match="--validation 0; give --validation or"):
+        prepare_here(tmp_path / "source", tmp_path / "shards", options)
 
 
 def test_shards_have_96_mb_but_there_are_16_of_at_least_a_row_group():
@@ -512,6 +539,134 @@ def test_bad_options_are_all_named_at_once():
     with pytest.raises(ConfigError, match="channels: must be 1 to 8, got 0") as error:
         Options(channels=0, validation=2.0, shifts=(0.0,))
     assert [path for path, _ in error.value.problems] == ["channels", "validation", "shift"]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"shifts": (float("nan"),)}, "shift"),
+        ({"shifts": (24.5,)}, "shift"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_a_number_out_of_range_is_named(options, name):
+    with pytest.raises(ConfigError) as error:
+        Options(**options)
+    assert [path for path, _ in error.value.problems] == [name]
+
+
+def test_fewer_workers_than_none_are_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        shards_command.main([str(tmp_path), str(tmp_path / "shards"), "--workers", "-1"])
+    assert stop.value.code == 2
+    assert "--workers: must be 0 or more, got -1" in capsys.readouterr().err
+
+
+# --- full scale -----------------------------------------------------------------------------------
+
+
+def test_a_file_whose_shift_would_clip_is_scaled_down_as_a_whole(tmp_path, capsys):
+    loud = noise(12, 1) / 16384  # up to full scale; its shift goes beyond it
+    write(tmp_path / "source/loud.wav", loud, subtype="FLOAT")
+    write(tmp_path / "source/quiet.wav", loud[: 5 * RATE] / 4, subtype="FLOAT")
+    arguments = [str(tmp_path / "source"), str(tmp_path / "shards"), "--sample-rate", str(RATE)]
+    shards_command.main([*arguments, "--shift", "12", "--workers", "0"])
+    assert "1 files scaled down to avoid clipping" in capsys.readouterr().out
+    manifest = read_manifest(str(tmp_path / "shards"))
+    gains = {file["key"]: file["gain_db"] for file in manifest.files}
+    assert gains["quiet.wav"] == 0
+    assert -20 < gains["loud.wav"] < -0.5
+    peaks = {}
+    for row in all_rows(tmp_path / "shards", manifest):
+        decoded = {voice: shards.decode_voice(row, voice).astype(int) for voice in row.voices}
+        for voice, audio in decoded.items():
+            place = row.key, voice
+            peaks[place] = max(peaks.get(place, 0), np.abs(audio).max())
+            assert (np.abs(audio) >= 32767).sum() <= 1  # the one peak, no flat tops
+        if row.key == "loud.wav":
+            whole = loud[row.start : row.start + row.frames, 0] * 32768
+            expected = whole * 10 ** (gains["loud.wav"] / 20)
+            np.testing.assert_allclose(decoded["audio"][0], expected, atol=3)
+    assert peaks["loud.wav", "shift_12"] >= 32766
+    assert peaks["quiet.wav", "audio"] < 8200
+
+
+def test_a_stem_above_full_scale_takes_the_others_with_it(tmp_path):
+    tracks(tmp_path / "source")
+    bass = noise(12, 5) / 16384 * 1.9
+    write(tmp_path / "source/one/bass.wav", bass, subtype="FLOAT")
+    write(tmp_path / "source/one/drums.wav", -bass / 2, subtype="FLOAT")  # the sum is quieter
+    write(tmp_path / "source/one/vocals.wav", -bass / 3, subtype="FLOAT")
+    manifest = prepare_here(tmp_path / "source", tmp_path / "shards", STEMS)
+    gains = {file["key"]: file["gain_db"] for file in manifest.files}
+    assert gains["one"] == pytest.approx(-20 * np.log10(1.9), abs=0.01)
+    for row in all_rows(tmp_path / "shards", manifest):
+        voices = {name: shards.decode_voice(row, name).astype(int) for name in row.voices}
+        assert np.abs(voices.pop("audio") - sum(voices.values())).max() <= 3
+
+
+def test_floats_that_are_not_on_a_full_scale_of_one_are_named(tmp_path):
+    audio = noise(1).astype(np.float32)
+    audio[5] = 32768
+    write(tmp_path / "source/bad.wav", audio, subtype="FLOAT")
+    assert reject(tmp_path, "bad.wav") == "peak 32768: not on a full scale of 1.0"
+
+
+# --- other people's files -------------------------------------------------------------------------
+
+
+def test_parquet_files_of_others_are_neither_overwritten_nor_deleted(source, tmp_path):
+    there = tmp_path / "shards"
+    there.mkdir()
+    (there / "train-00000.parquet").write_bytes(b"mine")
+    message = "holds train-00000.parquet, which bgray did not write here; give another folder"
+    with pytest.raises(ConfigError, match=message):
+        prepare_here(source, there)
+    assert contents(there) == {"train-00000.parquet": b"mine"}
+    assert not (there / ".plan").exists()
+    (there / "train-00000.parquet").unlink()
+    others = ("train.parquet", "training.parquet", "validation-labels.parquet", "train-1.parquet")
+    for name in others:
+        (there / name).write_bytes(b"mine")
+    prepare_here(source, there)
+    assert {name: (there / name).read_bytes() for name in others} == dict.fromkeys(others, b"mine")
+
+
+def test_what_a_killed_write_left_is_removed(source, tmp_path, monkeypatch):
+    there, real = tmp_path / "shards", ingest.write_shard
+    there.mkdir()
+    (there / ".train-00000.parquet.ab_12xyz").write_bytes(b"half")
+    (there / ".train-notes.parquet.ab_12xyz").write_bytes(b"mine")
+    (there / ".validation-00000.parquet.writing0").write_bytes(b"of another process")
+
+    def meanwhile(job):
+        os.utime(there / ".validation-00000.parquet.writing0", (2e9, 2e9))
+        (there / ".train-00001.parquet.started0").touch()
+        return real(job)
+
+    monkeypatch.setattr(ingest, "write_shard", meanwhile)
+    prepare_here(source, there)
+    hidden = {path.name for path in there.glob(".*")}
+    assert hidden == {
+        ".plan",
+        ".train-notes.parquet.ab_12xyz",
+        ".validation-00000.parquet.writing0",
+        ".train-00001.parquet.started0",
+    }
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_name_that_is_not_utf8_is_read_or_rejected(source, tmp_path, good):
+    audio = source / os.fsdecode(b"caf\xe9.wav")
+    (shutil.copy(source / "a/4.wav", audio), (source / "a/4.wav").unlink())
+    if not good:
+        audio.write_bytes(b"RIFF")
+    options = dataclasses.replace(SMALL, max_rejected=0.2)
+    manifest = prepare_here(source, tmp_path / "shards", options)
+    there = manifest.files if good else manifest.rejected
+    assert "caf\N{REPLACEMENT CHARACTER}.wav" in {e["key" if good else "path"] for e in there}
+    assert len(manifest.files) == (8 if good else 7)
+    assert shards.verify(str(tmp_path / "shards")) == []
 
 
 # --- stems ----------------------------------------------------------------------------------------
@@ -714,6 +869,92 @@ def test_verify_names_the_shards_with_a_flipped_byte_or_none_at_all(source, tmp_
     assert f"{flipped}: corrupt: sha256 is " in error
     assert f"{missing}: missing" in error
     assert len(error.splitlines()) == 3
+
+
+def spoil(path, at, length=30):
+    data = bytearray(path.read_bytes())
+    data[at : at + length] = b"\xff" * length
+    path.write_bytes(data)
+
+
+def test_a_corrupt_voice_names_shard_row_group_and_chunk(source, tmp_path):
+    manifest = prepare_here(source, tmp_path / "shards")
+    path = tmp_path / "shards" / manifest.shards[0].name
+    first = shards.read_row_group(str(tmp_path / "shards"), path.name, 0)[0]
+    spoil(path, path.read_bytes().find(first.voices["audio"]) + 5000, 2000)
+    row = shards.read_row_group(str(tmp_path / "shards"), path.name, 0)[0]
+    with pytest.raises(ConfigError) as error:
+        shards.decode_voice(row, "audio")
+    assert f"{path}, row group 0:" in str(error.value)
+    assert f"chunk {row.key} @{row.start}, voice audio: corrupt (" in str(error.value)
+    assert f"check with python -m bgray.shards --verify {tmp_path}/shards" in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["cut", "footer", "page", "missing", "no such row group"])
+def test_a_shard_that_cannot_be_read_is_named(source, tmp_path, how):
+    manifest = prepare_here(source, tmp_path / "shards")
+    path = tmp_path / "shards" / manifest.shards[0].name
+    if how == "cut":
+        cut(path, 0.5)
+    elif how == "footer":
+        spoil(path, path.stat().st_size - 40, 20)
+    elif how == "page":
+        spoil(path, 4)
+    elif how == "missing":
+        path.unlink()
+    index = 99 if how.startswith("no") else 0
+    with pytest.raises(ConfigError, match=f"{path}:\n  cannot be read \\(.*--verify"):
+        shards.read_row_group(str(tmp_path / "shards"), path.name, index)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        TimeoutError(errno.ETIMEDOUT, "timed out"),
+        OSError(errno.EIO, "Input/output error"),
+        PermissionError(errno.EACCES, "no"),
+        OSError("Connection lost"),
+    ],
+)
+def test_a_network_error_is_not_a_corrupt_shard(source, tmp_path, s3, monkeypatch, failure):
+    manifest = prepare_here(source, f"{s3}/timed")
+    fs, _ = storage.filesystem(s3)
+
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(type(fs), "_cat_file", fail)
+    monkeypatch.setattr("s3fs.core._fetch_range", fail)
+    with pytest.raises(type(failure)) as error:
+        shards.read_row_group(f"{s3}/timed", manifest.shards[0].name, 0)
+    assert not isinstance(error.value, ConfigError)
+
+
+def test_a_corrupt_shard_on_s3_is_named(source, tmp_path, s3):
+    manifest = prepare_here(source, f"{s3}/spoilt")
+    place = f"{s3}/spoilt/{manifest.shards[0].name}"
+    storage.write_bytes(place, storage.read_bytes(place)[:-500])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        shards.read_row_group(f"{s3}/spoilt", manifest.shards[0].name, 0)
+    storage.remove(place)
+    with pytest.raises(ConfigError, match=r"cannot be read \(missing\)"):
+        shards.read_row_group(f"{s3}/spoilt", manifest.shards[0].name, 0)
+
+
+def test_no_credentials_end_the_command_in_one_line(source, capsys, monkeypatch):
+    from botocore.exceptions import NoCredentialsError
+
+    def fail(*_, **__):
+        raise NoCredentialsError
+
+    monkeypatch.setattr("s3fs.S3FileSystem._exists", fail)
+    for arguments in ([str(source), "s3://bucket/shards"], ["--list", "s3://bucket/shards"]):
+        monkeypatch.setattr("s3fs.S3FileSystem._cat_file", fail)
+        with pytest.raises(SystemExit) as stop:
+            shards_command.main(arguments)
+        assert stop.value.code == 1
+        error = capsys.readouterr().err
+        assert error == "s3://bucket/shards/manifest.json: Unable to locate credentials\n"
 
 
 def test_verify_decodes_every_row(source, tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -77,3 +78,37 @@ def test_colleagues_on_the_machine_may_read_what_is_written(tmp_path):
 )
 def test_join_puts_exactly_one_slash_between_parts(parts, joined):
     assert storage.join(*parts) == joined
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        storage.write_bytes(str(tmp_path / "file"), b"x")
+    assert error.value.filename == str(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        storage.exists,
+        storage.size,
+        storage.read_bytes,
+        storage.listdir,
+        storage.remove,
+        lambda url: storage.write_bytes(url, b""),
+    ],
+)
+def test_what_only_s3s_client_raises_is_an_os_error_with_the_url(act, monkeypatch):
+    from botocore.exceptions import NoCredentialsError
+
+    def fail(*_, **__):
+        raise NoCredentialsError
+
+    for name in ("exists", "info", "cat_file", "pipe_file", "rm_file", "size"):
+        monkeypatch.setattr(f"s3fs.S3FileSystem.{name}", fail)
+    with pytest.raises(OSError, match="Unable to locate credentials") as error:
+        act("s3://bucket/file")
+    assert error.value.filename == "s3://bucket/file"
