@@ -12,6 +12,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -223,11 +224,13 @@ def encode_shard(rows: Sequence[Row], voices: Sequence[str]) -> bytes:
     for voice in voices:
         columns[voice] = pa.array([row.voices[voice] for row in rows], pa.binary())
     file = io.BytesIO()
+    # Groups of even size: a lone chunk in the last one would be drawn eight times as often.
+    num_groups = max(1, math.ceil(len(rows) / ROW_GROUP_SIZE))
     # FLAC cannot be compressed again; dictionaries and statistics of audio would double the file.
     pq.write_table(
         pa.table(columns),
         file,
-        row_group_size=ROW_GROUP_SIZE,
+        row_group_size=max(1, math.ceil(len(rows) / num_groups)),
         compression="none",
         use_dictionary=False,
         write_statistics=False,
@@ -238,7 +241,7 @@ def encode_shard(rows: Sequence[Row], voices: Sequence[str]) -> bytes:
 def read_row_group(
     url: str, shard_name: str, index: int, voices: Sequence[str] | None = None
 ) -> list[Row]:
-    """The rows of one row group: eight chunks, or the shard's last few.
+    """The rows of one row group: about eight chunks.
 
     A corrupt or missing shard is a ConfigError; OSErrors of the disk, the network or S3 pass.
 
