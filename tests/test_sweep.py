@@ -97,9 +97,11 @@ def test_a_trial_fed_by_ray_data_with_results_on_s3_equals_a_local_one(sweep_fil
 def test_trials_of_several_workers_run_train_inside_tune_and_are_pruned(sweep_file, tmp_path):
     path = sweep_file(
         variants={"calm": {"optim.lr": 1e-6}, "fast": {"optim.lr": 1e-2}},
-        asha={"grace_steps": 8, "reduction_factor": 2},
+        asha={"grace_steps": 50, "reduction_factor": 2},
     )
-    sweep(path, "runtime.workers=2", timeout=600)
+    # Long enough that the second trial is still at it when word of its rung has gone round.
+    sets = ("runtime.workers=2", "runtime.checkpoint_every=500", "runtime.log_every=50")
+    sweep(path, *sets, "train.steps=1500", "validation.every=50", timeout=900)
     found = runs(str(tmp_path / "results" / "tiny"))
     assert sorted(run.state for run in found)[0] == "finished"
     assert {run.state for run in found} <= {"finished", "stopped"}
