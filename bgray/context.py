@@ -57,6 +57,19 @@ def choose_feed(experiment: Experiment) -> tuple[str, float, str]:
     )
 
 
+def on_ray(experiment: Experiment, threads: int, **options: Any) -> Context:
+    """The context of a Tune trial or a Train worker; `options` are Context's remaining fields."""
+    feed, data_cpus, reason = choose_feed(experiment)
+    return Context(
+        device=pick_device(experiment.runtime.device),
+        threads=threads,
+        feed=feed,
+        feed_reason=reason,
+        data_cpus=data_cpus,
+        **options,
+    )
+
+
 def set_numerics(experiment: Experiment, context: Context) -> None:
     """Precision and threads of this process; everything that a warm worker may have inherited is
     set."""

@@ -66,7 +66,7 @@ class Run:
 
     def __init__(self, url: str, experiment: Experiment, data_hash: str):
         self.url = url
-        self.id = experiment.identity(data_hash)
+        self.id, self.data_hash = experiment.identity(data_hash), data_hash
         self._lines: dict[str, list[str]] = {}
         self._dirty: set[str] = set()
         self._refuse_another(experiment, data_hash)
@@ -165,6 +165,17 @@ def recorded_failure(url: str, stopped: Callable[[], bool] = lambda: False) -> I
         # An earlier try may have left another word of how it ended.
         close_from_outside(url, "failed", reason(error), over=("running", "interrupted", "failed"))
         storage.write_bytes(storage.join(url, "error.txt"), traceback.format_exc().encode())
+
+
+def reopen(url: str) -> None:
+    """Let a run that a killed process left, or that ran out of memory, wait for its turn again.
+
+    ConfigError while another process of this machine is at it.
+    """
+    if read_info(url) is not None:
+        refuse_while_alive(url)
+        over: tuple[State, ...] = ("running", "out_of_memory")
+        close_from_outside(url, "interrupted", "to be continued", over)
 
 
 def close_from_outside(

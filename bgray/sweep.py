@@ -60,14 +60,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_sweep(sweep: Sweep, trials: "list[Trial]") -> int:
-    """Run what is not done yet, print the table; exit code 1 when a trial failed, 130 "
-    "after Ctrl-C."""
+    """Run what is not done yet, print the table; exit code 1 when a trial failed, 130 after
+    Ctrl-C."""
     import torch
 
     from bgray.cluster import ray_session
     from bgray.console import Board, Row, bar
     from bgray.experiment import prepare_data
-    from bgray.records import ENDED, close_from_outside, refuse_while_alive
+    from bgray.records import ENDED, reopen
     from bgray.summary import close, forecast
 
     folder = trials[0].url.rsplit("/", 1)[0]
@@ -77,10 +77,7 @@ def run_sweep(sweep: Sweep, trials: "list[Trial]") -> int:
         row.refresh()
     waiting = [row for row in rows if row.state not in ENDED]
     for row in waiting:
-        if row.info:  # of a process that was killed; it waits for its turn now
-            refuse_while_alive(row.url)
-            over = ("running", "out_of_memory")
-            close_from_outside(row.url, "interrupted", "to be continued", over)
+        reopen(row.url)
     if waiting:
         if len(waiting) < len(rows):
             board.console.print(
@@ -207,7 +204,7 @@ def tune_trial(
     """A Tune trial that is itself the training worker."""
     from ray import tune
 
-    from bgray.context import Context, choose_feed, pick_device
+    from bgray.context import on_ray
     from bgray.experiment import prepare_data
     from bgray.records import recorded_failure
     from bgray.trial import run_trial
@@ -215,22 +212,14 @@ def tune_trial(
     trial, stop = _start(config, trials, stop_url)
     if trial is None:
         return
-    experiment = trial.experiment
-    feed, data_cpus, reason = choose_feed(experiment)
+    context = on_ray(
+        trial.experiment,
+        plan.threads,
+        report=lambda step, metrics: tune.report(metrics),
+        stop=stop,
+    )
     with recorded_failure(trial.url):
-        run_trial(
-            experiment,
-            prepare_data(experiment),
-            Context(
-                device=pick_device(experiment.runtime.device),
-                threads=plan.threads,
-                feed=feed,
-                feed_reason=reason,
-                data_cpus=data_cpus,
-                report=lambda step, metrics: tune.report(metrics),
-                stop=stop,
-            ),
-        )
+        run_trial(trial.experiment, prepare_data(trial.experiment), context)
 
 
 def drive_workers(

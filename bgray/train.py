@@ -162,12 +162,7 @@ def train_on_ray(experiment: Experiment) -> None:
     from bgray.cluster import ray_session
     from bgray.console import bar
     from bgray.experiment import identity, prepare_data
-    from bgray.records import (
-        ENDED,
-        close_from_outside,
-        recorded_failure,
-        refuse_while_alive,
-    )
+    from bgray.records import ENDED, recorded_failure, reopen
 
     board = board_of(experiment)
     with bar(board.console, "preparing data") as progress:
@@ -180,10 +175,7 @@ def train_on_ray(experiment: Experiment) -> None:
     with ray_session() as ray:
         plan = Plan.make(experiment, 1, of_cluster(ray))
         url = board.rows[0].url
-        if board.rows[0].info:
-            refuse_while_alive(url)
-            over = ("running", "out_of_memory")
-            close_from_outside(url, "interrupted", "to be continued", over)
+        reopen(url)
         with board.live(), recorded_failure(url):
             fit_workers(experiment, identity(experiment), plan)
     closing(board)
@@ -245,28 +237,21 @@ def train_worker(config: dict[str, Any]) -> None:
     """Runs on every Train worker."""
     import ray.train
 
-    from bgray.context import Context, choose_feed, pick_device
+    from bgray.context import on_ray
     from bgray.experiment import prepare_data
     from bgray.trial import run_to_its_end
 
     experiment: Experiment = config["experiment"]
-    context = ray.train.get_context()
-    feed, data_cpus, reason = choose_feed(experiment)
-    run_to_its_end(
+    worker = ray.train.get_context()
+    context = on_ray(
         experiment,
-        prepare_data(experiment),
-        Context(
-            rank=context.get_world_rank(),
-            world=context.get_world_size(),
-            device=pick_device(experiment.runtime.device),
-            threads=config["threads"],
-            feed=feed,
-            feed_reason=reason,
-            data_cpus=data_cpus,
-            report=lambda step, metrics: ray.train.report(metrics),
-            stop=stop_asked(config["stop_url"]),
-        ),
+        config["threads"],
+        rank=worker.get_world_rank(),
+        world=worker.get_world_size(),
+        report=lambda step, metrics: ray.train.report(metrics),
+        stop=stop_asked(config["stop_url"]),
     )
+    run_to_its_end(experiment, prepare_data(experiment), context)
 
 
 def stop_asked(url: str | None, seconds: float = 1.0) -> Callable[[], bool]:

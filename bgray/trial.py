@@ -89,7 +89,7 @@ def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> d
     session = _Session(experiment, prepared, context, url, run, model, optimizer, clock)
     try:
         session.begin(state)
-        session.replay(state)
+        session.replay()
         state = session.train(state)
     except BaseException as error:
         session.ended_by(error)
@@ -111,12 +111,17 @@ class _Session:
         self.optimizer: torch.optim.Optimizer = optimizer
         self.clock: probes.Clock = clock
         self.evaluator = Evaluator(experiment, prepared, context, url)
+        self.earlier: list[tuple[int, dict[str, Any]]] = []
+        """Evaluations of an earlier try, up to the checkpoint that this one goes on from."""
         self.latest: dict[str, Any] = {}
         self.compiled = "no"
 
     # --- beginning and end ---
 
     def begin(self, state: State) -> None:
+        self.earlier = [(s, m) for s, m in evaluations(self.url) if s <= state.step]
+        if self.earlier:
+            self.latest = self.earlier[-1][1]
         baseline = self.evaluator.baseline()
         if self.run is None:
             return
@@ -128,7 +133,7 @@ class _Session:
             steps=self.experiment.train.steps,
             parameters=num_parameters(self.model),
             optimizer_groups=describe_groups(self.optimizer),
-            data_hash=data_hash(self.experiment),
+            data_hash=self.run.data_hash,
             manifest_hash=self.prepared.manifest.hash,
             validation=self.evaluator.hash,
             validation_items=self.evaluator.num_items,
@@ -141,15 +146,12 @@ class _Session:
             feed=self.context.feed,
             feed_reason=self.context.feed_reason,
             step=state.step,
-            metrics=next((m for s, m in reversed(evaluations(self.url)) if s <= state.step), {}),
+            metrics=self.latest,
         )
 
-    def replay(self, state: State) -> None:
+    def replay(self) -> None:
         """Tell the scheduler what an earlier try had reached, so that its rungs stand."""
-        earlier = [(s, metrics) for s, metrics in evaluations(self.url) if s <= state.step]
-        if earlier:
-            self.latest = earlier[-1][1]
-        for step, metrics in earlier:
+        for step, metrics in self.earlier:
             self.context.report(step, {**metrics, "replayed": True})
 
     def end(self, state: State) -> None:
@@ -169,9 +171,8 @@ class _Session:
         elif isinstance(error, torch.cuda.OutOfMemoryError):
             self._finish("out_of_memory", None, OUT_OF_MEMORY)
         elif isinstance(error, SystemExit):
-            if (
-                self.run.info["state"] != "finished"
-            ):  # Tune also ends a trial that has reached its last step
+            # Tune also ends a trial that has reached its last step.
+            if self.run.info["state"] != "finished":
                 self._finish("stopped", self.latest.get("step"), PRUNED)
         elif isinstance(error, KeyboardInterrupt):
             self._finish("interrupted", None, "Ctrl-C")
