@@ -74,8 +74,8 @@ def ray_overhead(experiment: Experiment, rounds: int) -> dict[str, Any]:
 
 
 def _sweep_of(experiment: Experiment):
+    from bgray.build import build_task
     from bgray.config import Sweep
-    from bgray.experiment import build_task
 
     metric, mode = next(iter(build_task(experiment).scores.items()))
     return Sweep(base={}, metric=metric, mode=mode)

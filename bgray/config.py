@@ -31,9 +31,10 @@ class Data:
     path: str = "builtin"
     """Folder or s3:// prefix written by `python -m bgray.shards`; `builtin` renders built-in music
     on first use."""
-    sample_rate: int = Field(default=48000, ge=1000)
-    """Hz. Prepared shards must have exactly this rate: nothing is resampled silently."""
-    channels: int = Field(default=1, ge=1, le=8)
+    sample_rate: int = Field(default=48000, ge=1)
+    """Hz (of piano rolls: steps per beat). Prepared shards must have exactly this rate: nothing is
+    resampled silently."""
+    channels: int = Field(default=1, ge=1, le=128)
     segment: int = Field(default=32768, ge=1, le=2**26)
     """Samples per training example."""
     augment: tuple[Pick, ...] = ()
@@ -186,14 +187,16 @@ class Sweep:
     sample_seed: int = Field(default=0, ge=0)
     asha: Asha | None = None
     """null: every trial runs to its end."""
-    metric: str = "val_stft"
-    mode: Literal["min", "max"] = "min"
+    metric: str = "auto"
+    """What trials are compared by; auto: the first of the task's scores."""
+    mode: Literal["min", "max", "auto"] = "auto"
+    """Which way is better; auto: as the task has it for that score."""
 
 
 Tables = Mapping[str, Mapping[str, Callable[..., Any]]]
 """Section (task, model, loss, optim, schedule, augment) to its table of callables."""
 
-CONTEXT_ARGUMENTS = frozenset({"self", "model", "sample_rate"})
+CONTEXT_ARGUMENTS = frozenset({"self", "model", "sample_rate", "num_sources", "channels_in"})
 """Arguments that the framework fills in; they are not options and cannot be written in YAML."""
 
 
@@ -250,9 +253,13 @@ def parse(raw: dict[str, Any], tables: Tables, source: str) -> Experiment:
         problems.extend(found)
         return {"name": name, "options": resolved}
 
-    if "loss" not in raw and isinstance(raw.get("task"), dict | str):
-        task = raw["task"] if isinstance(raw["task"], str) else raw["task"].get("name")
-        raw["loss"] = dict(getattr(tables["task"].get(str(task)), "default_loss", {}))
+    task = task_entry(raw, tables["task"])
+    if "loss" not in raw:
+        raw["loss"] = dict(getattr(task, "default_loss", {}))
+    if raw.get("data") is None:
+        raw["data"] = {}
+    if isinstance(raw["data"], dict):
+        raw["data"] = {**getattr(task, "data_defaults", {}), **raw["data"]}
     for section, default in {
         "task": "",
         "model": "",
@@ -288,6 +295,12 @@ def parse(raw: dict[str, Any], tables: Tables, source: str) -> Experiment:
             ),
         )
     return experiment
+
+
+def task_entry(raw: dict[str, Any], tasks: Mapping[str, Callable[..., Any]]) -> Any:
+    """The task's class that a raw experiment names, or None."""
+    task = raw.get("task")
+    return tasks.get(str(task.get("name") if isinstance(task, dict) else task))
 
 
 def _loss(raw: Any, tables: Tables, problems: list[Problem]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ the same data, and the number of workers changes nothing.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from bgray import shards
 from bgray.config import ConfigError
 
 # Keys of generators that must never meet: (seed, purpose, index ...).
-PERMUTATION, CHUNK_ORDER, ROW = 0, 1, 2
+PERMUTATION, CHUNK_ORDER, ROW, CHUNK = 0, 1, 2, 3
 
 
 class Batch(NamedTuple):
@@ -58,11 +58,34 @@ class Recipe:
 
 
 class Chunk:
-    """One shard row whose voices are decoded when first asked for."""
+    """One shard row whose voices are decoded when first asked for.
 
-    def __init__(self, row: "shards.Row", sample_rate: int):
-        self.row, self.sample_rate = row, sample_rate
+    key: of generators that all examples cut from this chunk in this unit share; empty outside a
+    unit.
+    uses: how many examples the unit cuts from it, over all ranks.
+    """
+
+    def __init__(
+        self, row: "shards.Row", sample_rate: int, key: tuple[int, ...] = (), uses: int = 1
+    ):
+        self.row, self.sample_rate, self.key, self.uses = row, sample_rate, key, uses
         self._decoded: dict[str, np.ndarray] = {}
+        self._made: dict[Hashable, Any] = {}
+
+    @classmethod
+    def whole(cls, voices: dict[str, np.ndarray], sample_rate: int) -> "Chunk":
+        """A track held in memory, (C, T) int16 each, to be read as a chunk is."""
+        frames = next(iter(voices.values())).shape[1]
+        chunk = cls(shards.Row("", "", 0, frames, {}), sample_rate)
+        chunk._decoded = dict(voices)
+        return chunk
+
+    def cached(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned when `name` was first asked for: work that several examples
+        share."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     @property
     def frames(self) -> int:
@@ -99,6 +122,10 @@ def read_groups(recipe: Recipe, unit: int) -> list[Chunk]:
         rows = shards.read_row_group(recipe.url, shard, index, voices=recipe.task.voices)
         chunks += [Chunk(row, recipe.sample_rate) for row in rows]
     order = np.random.default_rng([recipe.seed, CHUNK_ORDER, unit]).permutation(len(chunks))
+    examples = recipe.batch_size * recipe.batches_per_unit
+    for place, i in enumerate(order):
+        chunks[i].key = (recipe.seed, CHUNK, unit, place)
+        chunks[i].uses = max(1, examples // len(chunks))
     return [chunks[i] for i in order]
 
 
@@ -144,15 +171,18 @@ def _augment(recipe: Recipe, x: np.ndarray, y: np.ndarray, rng: np.random.Genera
     and out."""
     if not recipe.augment:
         return x, y
-    voices = [x.astype(np.float32) / 32768, *(source.astype(np.float32) / 32768 for source in y)]
+    additive = recipe.task.additive
+    voices = [source.astype(np.float32) / 32768 for source in y]
+    voices = [sum(voices) if additive else x.astype(np.float32) / 32768, *voices]
     for transform in recipe.augment:
         draw = transform.draw(rng)
         voices = [transform.apply(voice, draw, recipe.sample_rate) for voice in voices]
     # One gain for all of them where any would clip, so that input and target still belong together.
     peak = max(float(np.abs(voice).max(initial=0)) for voice in voices)
-    scale = 32768 * min(1.0, 32767 / 32768 / max(peak, 1e-9))
+    room = 32767 - (len(voices) if additive else 0)  # rounding adds up too
+    scale = 32768 * min(1.0, room / 32768 / max(peak, 1e-9))
     x, *sources = (np.rint(voice * scale).astype(np.int16) for voice in voices)
-    return x, np.stack(sources)
+    return np.sum(sources, axis=0, dtype=np.int16) if additive else x, np.stack(sources)
 
 
 # --- feeds: the same units, made here or by Ray Data
@@ -258,7 +288,7 @@ class Validation:
         return {
             "segment": self.segment,
             "sample_rate": self.sample_rate,
-            "task": {"name": type(self.task).__name__, **vars(self.task)},
+            "task": {"name": type(self.task).__name__, **public(self.task)},
             "items": [
                 dict(zip(("chunk", "shard", "row_group", "row"), i, strict=True))
                 for i in self.items
@@ -294,6 +324,11 @@ class _Reader:
         return self.task.example(self._chunks(shard, group), row, None, length)
 
 
+def public(task: Any) -> dict[str, Any]:
+    """What a task was told, without what it keeps for itself."""
+    return {name: value for name, value in vars(task).items() if not name.startswith("_")}
+
+
 SILENCE_DBFS = -60.0
 """A target crop with less RMS than this is no validation item: relative distances to silence have
 no meaning."""
@@ -324,7 +359,7 @@ def validation_set(
             break
         _, _, shard, group, row = chunks[i]
         _, target = reader.centre_crop(shard, group, row, segment)
-        if np.sqrt(np.mean(np.square(target / 32768))) >= 10 ** (SILENCE_DBFS / 20):
+        if np.sqrt(np.mean(np.square(target / task.full_scale))) >= 10 ** (SILENCE_DBFS / 20):
             picked.append(i)
     if not picked:
         raise ConfigError(

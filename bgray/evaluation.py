@@ -1,24 +1,29 @@
 """Validation of one run: every frozen item scored, and a few of them written as audio."""
 
-import io
 import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 import torch.distributed
 from torch import Tensor
 
 from bgray import storage
+from bgray.build import build_task
 from bgray.config import Experiment, digest
 from bgray.context import Context
-from bgray.experiment import Prepared, build_task, build_validation
+from bgray.experiment import Prepared, build_validation
 from bgray.loop import to_device
 
-Scores = dict[str, list[float]]
-"""Metric to one value per item, in the order of the frozen list."""
+Scores = dict[str, list[float | None]]
+"""Metric to one value per item, in the order of the frozen list; None where it has no meaning."""
+
+
+def means(scores: Scores) -> dict[str, float]:
+    """Over the items where the metric has a meaning."""
+    known = {name: [v for v in values if v is not None] for name, values in scores.items()}
+    return {name: float(np.mean(values)) for name, values in known.items() if values}
 
 
 class Evaluator:
@@ -62,8 +67,9 @@ class Evaluator:
         found: dict[int, dict[str, float]] = {}
         with torch.no_grad():
             for number, inputs, targets in self.items:
-                x = to_device(inputs[None], self.context.device)  # (1, C, T)
-                y = to_device(targets[None], self.context.device)  # (1, S, C, T)
+                full_scale = self.task.full_scale
+                x = to_device(inputs[None], self.context.device, full_scale)  # (1, C, T)
+                y = to_device(targets[None], self.context.device, full_scale)  # (1, S, C, T)
                 output = estimate(x)
                 found[number] = {
                     name: value.item() for name, value in self.score(output, y).items()
@@ -75,18 +81,21 @@ class Evaluator:
             torch.distributed.all_gather_object(gathered, found)
             found = {number: scores for part in gathered for number, scores in part.items()}
         order = sorted(found)
-        return {name: [round(found[n][name], 6) for n in order] for name in self.task.scores}
+        return {name: [_round(found[n].get(name)) for n in order] for name in self.task.scores}
 
     def _clip(self, name: str, sources: np.ndarray) -> None:
-        """(S, C, T) as one WAV per source; louder than full scale is clipped, not rescaled, as it
-        would be heard."""
-        for label, audio in zip(self.task.sources, sources, strict=len(sources) > 1):
-            if audio.dtype != np.int16:
-                audio = np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int16)
-            buffer = io.BytesIO()
-            soundfile.write(buffer, audio.T, self.sample_rate, format="WAV", subtype="PCM_16")
+        """(S, C, T), int16 as read or float32, as one file (or more, of several kinds) per
+        source."""
+        for label, source in zip(self.task.sources, sources, strict=len(sources) > 1):
+            if source.dtype == np.int16:
+                source = source.astype(np.float32) / self.task.full_scale
             suffix = f"-{label}" if len(sources) > 1 else ""
-            # Not through the record, which only rank 0 has: each rank writes the clips of its
-            # items.
-            url = storage.join(self.url, "clips", f"{name}{suffix}.wav")
-            storage.write_bytes(url, buffer.getvalue())
+            for extension, content in self.task.clips(source, self.sample_rate).items():
+                # Not through the record, which only rank 0 has: each rank writes the clips of its
+                # items.
+                url = storage.join(self.url, "clips", f"{name}{suffix}{extension}")
+                storage.write_bytes(url, content)
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)

@@ -1,33 +1,26 @@
-"""From YAML to built objects: the tables of names, the checks across sections, model, loss,
-optimizer and data."""
+"""From YAML to a checked experiment with its data: what it reads, where it writes, what it
+would do."""
 
 import dataclasses
-import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from bgray import data, shards, storage
-from bgray.augment import AUGMENTS
 from bgray.band import VERSION as BAND_VERSION
-from bgray.config import ConfigError, Experiment, digest, parse
+from bgray.build import (
+    TABLES,
+    build_augment,
+    build_task,
+    meta_model,
+    num_parameters,
+    validation_segment,
+)
+from bgray.config import ConfigError, Experiment, digest, parse, task_entry
+from bgray.conflicts import conflicts
 from bgray.document import override, read
-from bgray.losses import LOSSES, LossSum
-from bgray.models import MODELS
-from bgray.optim import OPTIMIZERS, SCHEDULES
+from bgray.optim import PRESETS
+from bgray.problems import unknown
 from bgray.tasks import TASKS
-
-TABLES = {
-    "task": TASKS,
-    "model": MODELS,
-    "loss": LOSSES,
-    "optim": OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "augment": AUGMENTS,
-}
 
 
 def load(source: str, overrides: tuple[str, ...] = ()) -> Experiment:
@@ -43,87 +36,32 @@ def read_overridden(source: str, overrides: tuple[str, ...] = ()) -> dict[str, A
     blocks = [raw.get("search"), *(raw.get("variants") or {}).values()]
     paths += [path for block in blocks if isinstance(block, dict) for path in block]
     if "loss" not in raw and any(str(path).startswith("loss.") for path in paths):
-        task = raw.get("task")
-        name = task.get("name") if isinstance(task, dict) else task
-        raw["loss"] = dict(getattr(TASKS.get(str(name)), "default_loss", {}))
+        raw["loss"] = dict(getattr(task_entry(raw, TASKS), "default_loss", {}))
     override(raw, overrides, source)
     return raw
 
 
 def resolve(raw: dict[str, Any], source: str) -> Experiment:
     """Parse and check across sections; ConfigError with every problem found."""
-    experiment = parse(raw, TABLES, source)
-    problems = list(_conflicts(experiment))
+    experiment = parse(_with_preset(raw, source), TABLES, source)
+    problems = list(conflicts(experiment))
     if problems:
         raise ConfigError(source, problems)
     return experiment
 
 
-def _conflicts(experiment: Experiment):
-    model, train, runtime = meta_model(experiment), experiment.train, experiment.runtime
-    multiple, misfit = getattr(model, "length_multiple", 1), False
-    lengths = {
-        "data.segment": experiment.data.segment,
-        "validation.segment": validation_segment(experiment),
-    }
-    for path, length in lengths.items():
-        if length % multiple:
-            misfit = True
-            near = max(multiple, length // multiple * multiple)
-            yield (
-                path,
-                (
-                    f"{length} samples is not a multiple of {multiple}, which the model's "
-                    "strides need; "
-                    f"use {near} or {near + multiple}"
-                ),
-            )
-    if train.batch_size % runtime.workers:
-        yield (
-            "train.batch_size",
-            f"{train.batch_size} is not divisible by runtime.workers = {runtime.workers}",
-        )
-    if runtime.workers > 1 and 0 < runtime.gpus < 1:
-        yield (
-            "runtime.gpus",
-            "must be 1 or more with runtime.workers > 1: DDP ranks cannot share a GPU",
-        )
-    if runtime.gpus > 1 and runtime.gpus % 1:
-        yield "runtime.gpus", f"must be a whole number above 1, got {runtime.gpus:g}"
-    for path in ("results", "cache"):
-        url = getattr(runtime, path)
-        if storage.is_remote(url) and not url.startswith("s3://"):
-            yield f"runtime.{path}", f"must be a folder or start with s3://, got {url!r}"
-    try:
-        build_schedule(experiment)(0, train.steps)
-    except ValueError as error:
-        yield "schedule", str(error)
-    if not misfit:
-        yield from _try_losses(experiment)
-
-
-def _try_losses(experiment: Experiment):
-    """One example of silence through every loss: transforms longer than the segment show here, not
-    at step 0."""
-    silence = torch.zeros(
-        1, len(build_task(experiment).sources), experiment.data.channels, experiment.data.segment
-    )
-    for name, pick in experiment.loss.items():
-        alone = dataclasses.replace(experiment, loss={name: pick})
-        try:
-            build_loss(alone)(silence, silence)
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            yield (
-                f"loss.{name}",
-                f"cannot take segments of data.segment = {experiment.data.segment} samples: "
-                f"{reason}",
-            )
-
-
-def validation_segment(experiment: Experiment) -> int:
-    """Samples of a validation crop; by default four training segments."""
-    return experiment.validation.segment or 4 * experiment.data.segment
+def _with_preset(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """`optim: {preset: muon_001, lr: ...}`: a log's settings, and what is said beside them."""
+    optim = raw.get("optim")
+    if not isinstance(optim, dict) or "preset" not in optim:
+        return raw
+    name = str(optim["preset"])
+    if name not in PRESETS:
+        raise ConfigError(source, [("optim.preset", unknown(name, PRESETS))])
+    if "name" in optim:
+        raise ConfigError(source, [("optim", f"give a name or a preset ({name}), not both")])
+    own = {key: value for key, value in optim.items() if key != "preset"}
+    return {**raw, "optim": {**PRESETS[name], **own}}
 
 
 def absolute(experiment: Experiment) -> Experiment:
@@ -141,59 +79,6 @@ def absolute(experiment: Experiment) -> Experiment:
     if data.path != "builtin":
         data = dataclasses.replace(data, path=full(data.path))
     return dataclasses.replace(experiment, runtime=runtime, data=data)
-
-
-# --- building
-
-
-def build_task(experiment: Experiment) -> Any:
-    return TASKS[experiment.task.name](**_typed(experiment.task))
-
-
-def build_model(experiment: Experiment) -> nn.Module:
-    return MODELS[experiment.model.name](**_typed(experiment.model))
-
-
-def meta_model(experiment: Experiment) -> nn.Module:
-    """The model without memory for its weights: for counts and checks, in milliseconds."""
-    with torch.device("meta"):
-        return build_model(experiment)
-
-
-def build_loss(experiment: Experiment) -> LossSum:
-    weighted = {}
-    for name, pick in experiment.loss.items():
-        options = _without_weight(_typed(pick))
-        if "sample_rate" in _arguments(LOSSES[name]):
-            options["sample_rate"] = experiment.data.sample_rate
-        weighted[name] = (LOSSES[name](**options), pick.options["weight"])
-    return LossSum(weighted)
-
-
-def build_optimizer(experiment: Experiment, model: nn.Module) -> torch.optim.Optimizer:
-    return OPTIMIZERS[experiment.optim.name](model, **_typed(experiment.optim))
-
-
-def build_schedule(experiment: Experiment) -> Callable[[int, int], float]:
-    return SCHEDULES[experiment.schedule.name](**_typed(experiment.schedule)).scale
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Trainable ones, as the logs print them."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _arguments(entry: Callable[..., Any]):
-    return inspect.signature(entry).parameters
-
-
-def _typed(pick: Any) -> dict[str, Any]:
-    """Options as their annotated types: JSON made lists of the tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in pick.options.items()}
-
-
-def _without_weight(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != "weight"}
 
 
 # --- data
@@ -235,7 +120,9 @@ def _builtin_options(experiment: Experiment) -> shards.Options:
     return shards.Options(
         sample_rate=config.sample_rate,
         channels=config.channels,
+        kind=task.kind,
         shifts=task.shifts,
+        round_trips=task.round_trips,
         stems=task.stems,
         songs=config.builtin_songs,
         seconds=config.builtin_seconds,
@@ -246,7 +133,9 @@ def _builtin_options(experiment: Experiment) -> shards.Options:
 BUILTIN_KEYS = (
     "sample_rate",
     "channels",
+    "kind",
     "shifts",
+    "round_trips",
     "stems",
     "songs",
     "seconds",
@@ -324,7 +213,7 @@ def build_recipe(experiment: Experiment, prepared: Prepared) -> data.Recipe:
         prepared.manifest,
         prepared.url,
         build_task(experiment),
-        augment=tuple(AUGMENTS[p.name](**_typed(p)) for p in experiment.data.augment),
+        augment=build_augment(experiment),
         segment=experiment.data.segment,
         batch_size=experiment.train.batch_size,
         seed=experiment.train.seed,
@@ -367,9 +256,3 @@ def describe(experiment: Experiment) -> dict[str, Any]:
         ),
         "experiment": experiment.resolved(),
     }
-
-
-def parameter_count(experiment: Experiment) -> str:
-    """As the logs write it: 15.83M."""
-    count = num_parameters(meta_model(experiment))
-    return f"{count / 1e6:.2f}M" if count >= 10_000 else str(count)

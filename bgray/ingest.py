@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from bgray import shards, sources, storage
+from bgray import layouts, shards, sources, storage
 from bgray.config import ConfigError, digest
-from bgray.plan import SPLITS, Job, listing, make_plan, sha, way_out
+from bgray.layouts import Item
+from bgray.plan import LATER, SPLITS, Job, choice, chunk_seconds, listing, make_plan, sha, way_out
 from bgray.shards import CHUNK_SECONDS, Manifest, Options, Row, Shard
-from bgray.sources import Item, Rejected
+from bgray.sources import PIECE, Rejected
 
 SHARD_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{5}}\.parquet")
 WRITTEN_NAMES = rf"({SHARD_NAME.pattern}|manifest\.json)"
@@ -41,9 +42,8 @@ def prepare(
     if source != "builtin":
         source = _absolute(source)
     destination = _absolute(destination)
-    items, unusable, ignored = sources.list_items(source, options)
-    choice = {k: v for k, v in dataclasses.asdict(options).items() if k != "max_rejected"}
-    plan_hash = digest([shards.VERSION, choice, listing(items), unusable])[:24]
+    items, unusable, ignored = layouts.list_items(source, options)
+    plan_hash = digest([shards.VERSION, choice(options), listing(items), unusable])[:24]
     with _writing(destination):
         if storage.exists(shards.manifest_url(destination)):
             manifest = shards.read_manifest(destination)
@@ -51,6 +51,7 @@ def prepare(
             _check_same(destination, manifest, plan_hash, options, keys)
             return manifest
     total = len(items) + len(unusable)
+    asked, options = options, _with_soundfont(items, options)
     plan = make_plan(items, unusable, destination, options)
     _check_rejected(source, plan.rejected, total - len(plan.duplicates), options)
     with _writing(destination):
@@ -74,10 +75,8 @@ def prepare(
     manifest = Manifest(
         sample_rate=options.sample_rate,
         channels=options.channels,
-        voices=dict.fromkeys(plan.jobs[0].voices, "flac"),
-        variants={
-            f"shift_{by:g}": {"of": "audio", "semitones": float(by)} for by in options.shifts
-        },
+        voices=dict.fromkeys(plan.jobs[0].voices, shards.ENCODINGS[options.kind]),
+        variants=options.variants,
         files=sorted(
             (file for report in done for file in report["files"]), key=lambda file: file["key"]
         ),
@@ -85,8 +84,13 @@ def prepare(
         duplicates=plan.duplicates,
         ignored=ignored,
         shards=tuple(Shard(**report["shard"]) for report in done if report["shard"]),
-        options={"source": source, **dataclasses.asdict(options)},
+        options={
+            "source": source,
+            **dataclasses.asdict(asked),
+            **({"played_with": options.soundfont} if options.soundfont else {}),
+        },
         plan=plan_hash,
+        chunk_seconds=chunk_seconds(options),
     )
     for split in SPLITS:
         if not manifest.rows(split):
@@ -103,6 +107,19 @@ def prepare(
             storage.remove(path)
         storage.write_bytes(shards.manifest_url(destination), manifest.to_json())
     return shards.read_manifest(destination)
+
+
+def _with_soundfont(items: list[Item], options: Options) -> Options:
+    """Where MIDI is to be played: the options with what it is played with, or ConfigError."""
+    if not options.stems or not any(map(sources.is_midi, items)):
+        if options.soundfont:
+            raise ConfigError("soundfont", [("", "nothing to play: it is for MIDI with --stems")])
+        return options
+    from bgray import rendering
+
+    return dataclasses.replace(
+        options, soundfont=rendering.check(options.soundfont, options.sample_rate)
+    )
 
 
 # --- the jobs -------------------------------------------------------------------------------------
@@ -145,6 +162,13 @@ def write_shard(job: Job) -> dict[str, Any]:
 
     A full disk is in the report too (`problem`): raised, it would leave Ray as a page of traceback.
     """
+    try:
+        return _write_shard(job)
+    except ConfigError as error:
+        return {"job": job.hash, "problem": error.problems[0][1]}
+
+
+def _write_shard(job: Job) -> dict[str, Any]:
     rows, places, files, rejected = [], [], [], {}
     for item in job.items:
         try:
@@ -163,25 +187,29 @@ def write_shard(job: Job) -> dict[str, Any]:
             "sha256": clip.sha256,
             "gain_db": round(clip.gain_db, 3) + 0.0,
         }
-        files.append(file | ({"muted": list(clip.muted)} if job.stems else {}))
+        if job.stems:
+            file["muted"] = list(clip.muted)
+        if item.left_out:
+            file["left_out"] = list(item.left_out)
+        if job.options.kind == "roll":
+            used = sum(row.frames for row in chunks)
+            file["ones"] = int(clip.voices["roll"][:, :used].sum())
+        files.append(file)
     shard = None
-    try:
-        with _writing(job.destination):
-            if rows:
-                mixed = [rows[i] for i in np.argsort(places)]
-                data = shards.encode_shard(mixed, job.voices)
-                storage.write_bytes(storage.join(job.destination, job.name), data)
-                groups = math.ceil(len(rows) / shards.ROW_GROUP_SIZE)
-                content = hashlib.sha256(data).hexdigest()
-                shard = dataclasses.asdict(
-                    Shard(job.name, job.split, len(rows), groups, len(data), content)
-                )
-            report = {"job": job.hash, "shard": shard, "files": files, "rejected": rejected}
-            storage.write_bytes(
-                shards.plan_url(job.destination, f"{job.hash}.json"), json.dumps(report).encode()
+    with _writing(job.destination):
+        if rows:
+            mixed = [rows[i] for i in np.argsort(places)]
+            data = shards.encode_shard(mixed, job.voices)
+            storage.write_bytes(storage.join(job.destination, job.name), data)
+            groups = math.ceil(len(rows) / shards.ROW_GROUP_SIZE)
+            content = hashlib.sha256(data).hexdigest()
+            shard = dataclasses.asdict(
+                Shard(job.name, job.split, len(rows), groups, len(data), content)
             )
-    except ConfigError as error:
-        return {"job": job.hash, "problem": error.problems[0][1]}
+        report = {"job": job.hash, "shard": shard, "files": files, "rejected": rejected}
+        storage.write_bytes(
+            shards.plan_url(job.destination, f"{job.hash}.json"), json.dumps(report).encode()
+        )
     return report
 
 
@@ -196,15 +224,20 @@ def _places(key: str, count: int) -> list[float]:
 
 
 def _chunks(item: Item, clip: sources.Clip, job: Job) -> list[Row]:
-    length = next(iter(clip.voices.values())).shape[1]
-    voices = {name: _int16(clip.voices[name]) for name in job.voices}  # each (C, T)
+    length, rate, kind = (
+        next(iter(clip.voices.values())).shape[1],
+        job.options.sample_rate,
+        job.options.kind,
+    )
+    whole = {name: clip.voices[name] for name in job.voices}  # each (C, T)
+    if kind == "audio":
+        whole, bounds = {name: _int16(v) for name, v in whole.items()}, chunk_bounds(length, rate)
+    else:
+        bounds = piece_bounds(length)
     rows = []
-    for start, end in chunk_bounds(length, job.options.sample_rate):
-        flacs = {
-            v: shards.encode_flac(audio[:, start:end], job.options.sample_rate)
-            for v, audio in voices.items()
-        }
-        rows.append(Row(item.key, item.group, start, end - start, flacs))
+    for start, end in bounds:
+        stored = {n: shards.encode_voice(v[:, start:end], rate, kind) for n, v in whole.items()}
+        rows.append(Row(item.key, item.group, start, end - start, stored))
     return rows
 
 
@@ -213,6 +246,11 @@ def chunk_bounds(length: int, sample_rate: int) -> list[tuple[int, int]]:
     chunk = round(CHUNK_SECONDS * sample_rate)
     count = max(1, (length + chunk // 2) // chunk)
     return [(i * chunk, (i + 1) * chunk if i < count - 1 else length) for i in range(count)]
+
+
+def piece_bounds(length: int) -> list[tuple[int, int]]:
+    """(start, end) of each whole piece of a roll, in steps; the rest of it is left out."""
+    return [(i * PIECE, (i + 1) * PIECE) for i in range(length // PIECE)]
 
 
 def _int16(audio: np.ndarray) -> np.ndarray:
@@ -250,11 +288,11 @@ def _check_same(
 ) -> None:
     if manifest.plan == plan_hash:
         return
-    now = json.loads(json.dumps(dataclasses.asdict(options)))
+    now, before = (json.loads(json.dumps(o)) for o in (dataclasses.asdict(options), LATER))
     differences = [
-        (name, f"there {manifest.options.get(name)!r}, now {value!r}")
+        (name, f"there {manifest.options.get(name, before.get(name))!r}, now {value!r}")
         for name, value in now.items()
-        if manifest.options.get(name) != value and name != "max_rejected"
+        if manifest.options.get(name, before.get(name)) != value and name != "max_rejected"
     ]
     if not differences:
         entries = [file["key"] for file in manifest.files]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bgray.data import Batch
+from bgray.losses import LossSum
 from bgray.optim import set_lr
 from bgray.probes import Clock
 
@@ -54,7 +55,7 @@ class State:
 
 def fit(
     model: nn.Module,
-    loss: nn.Module,
+    loss: LossSum,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Batch],
     *,
@@ -72,13 +73,15 @@ def fit(
     rank: int = 0,
     clock: Clock | None = None,
     stop: Callable[[], bool] = lambda: False,
+    full_scale: float = FULL_SCALE,
     average: Callable[[Tensor], Tensor] = lambda values: values,
     earliest: Callable[[Tensor], Tensor] = lambda step: step,
 ) -> State:
     """Train `model` from state.step to `steps`, in place.
 
-    model: inputs (B, C, T) -> estimate (B, S, C, T). loss: (estimate, target) -> (total, {part:
-    0-d tensor}).
+    model: inputs (B, C, T) -> estimate (B, S, C, T), or (estimate, extras).
+    loss: (estimate, target, extras) -> (total, {part: 0-d tensor}), and `advance`, called after
+      each step (bgray.losses.LossSum).
     batches: yields Batch for step, step+1, ...; a gap is an error.
     report(kind, step, values): "train" each `every.log` steps (means since the last line),
     "validation" after
@@ -103,13 +106,14 @@ def fit(
         # Dropout and the like draw from (seed, step, rank), so a resumed run draws what the
         # unbroken one did.
         torch.manual_seed(((seed * 1_000_003 + state.step) * 65_537 + rank) % 2**63)
-        inputs, targets = to_device(batch.inputs, device), to_device(batch.targets, device)
+        inputs = to_device(batch.inputs, device, full_scale)
+        targets = to_device(batch.targets, device, full_scale)
         scale = schedule(state.step, steps)
         set_lr(optimizer, scale)
 
         with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
-            estimate = model(inputs)  # (B, S, C, T)
-        total, parts = loss(estimate.float(), targets)
+            estimate, extras = split_extras(model(inputs))  # (B, S, C, T)
+        total, parts = loss(estimate.float(), targets, extras)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         logged = {"loss": total.detach(), **{f"loss_{name}": part for name, part in parts.items()}}
@@ -117,6 +121,7 @@ def fit(
             logged["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), grad_clip).detach()
         optimizer.step()
         state.step += 1
+        loss.advance(state.step, average)
 
         # Remembered on the device: asking here whether it is finite would make every step wait for
         # the GPU.
@@ -155,14 +160,20 @@ def fit(
     return state
 
 
-def to_device(samples: Any, device: torch.device) -> Tensor:
-    """int16 samples to float32 in [-1, 1) on the device; int16 is what crosses the bus.
+def split_extras(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """(estimate, extras) of what a model returned: some return the estimate alone."""
+    return output if isinstance(output, tuple) else (output, {})
+
+
+def to_device(samples: Any, device: torch.device, full_scale: float = FULL_SCALE) -> Tensor:
+    """int16 samples to float32, 1.0 being `full_scale`, on the device; int16 is what crosses the
+    bus.
 
     Copied first: batches may be shared memory that other readers see, and must never be written to.
     """
     tensor = torch.empty(samples.shape, dtype=torch.int16, pin_memory=device.type == "cuda")
     tensor.numpy()[...] = samples
-    return tensor.to(device, non_blocking=True).to(torch.float32) / FULL_SCALE
+    return tensor.to(device, non_blocking=True).to(torch.float32) / full_scale
 
 
 def _means(state: State, average: Callable[[Tensor], Tensor]) -> dict[str, float]:

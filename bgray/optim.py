@@ -1,11 +1,10 @@
-"""Which parameter gets which optimizer (by role), and how the learning rate moves with the step."""
+"""Which parameter gets which optimizer, by its role, and the settings that the logs used."""
 
 import copy
 import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any, Literal
 
@@ -13,6 +12,10 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw as adamw_update
 from torch.utils._pytree import tree_map_only
+
+from bgray.schedules import SCHEDULES as SCHEDULES
+from bgray.schedules import Ranges, out_of_range, refuse
+from bgray.schedules import set_lr as set_lr
 
 Group = dict[str, Any]
 Role = Literal["matrix", "depthwise", "gain", "bias", "norm", "embedding"]
@@ -68,32 +71,20 @@ def describe_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return rows
 
 
-ALLOWED: dict[str, tuple[Callable[[Any], bool], set[str]]] = {
+RANGES: Ranges = {
     "above 0": (lambda v: 0 < v < inf, {"lr", "adamw_lr", "eps"}),
-    "at least 0": (lambda v: 0 <= v < inf, {"weight_decay", "adamw_weight_decay", "warmup_steps"}),
+    "at least 0": (lambda v: 0 <= v < inf, {"weight_decay", "adamw_weight_decay"}),
     "in [0, 1)": (lambda v: 0 <= v < 1, {"momentum", "betas"}),
-    "in [0, 1]": (lambda v: 0 <= v <= 1, {"decay_share", "final"}),
-    "in [1, 100)": (lambda v: 1 <= v < 100, {"ns_steps"}),
+    "in [1, 100)": (lambda v: 1 <= v < 100, {"ns_steps", "precondition_frequency"}),
 }
-"""What a number may be, and the options it is for; a name means the same in all tables here."""
 
 
 def check(**options: Any) -> list[tuple[str, str]]:
     """All problems that the types do not show, as (option, value and the way out)."""
-    problems = []
-    for name, value in options.items():
-        values = value if isinstance(value, tuple | list) else () if value is None else (value,)
-        for allowed, (inside, names) in ALLOWED.items():
-            if name in names and not all(map(inside, values)):
-                problems.append((name, f"must be {allowed}, got {value!r}"))
+    problems = out_of_range(RANGES, options)
     if options.get("legacy_ndim") and options.get("depthwise") == "adamw":
         problems.append(("depthwise", "must be 'muon' with legacy_ndim, got 'adamw'"))
     return problems
-
-
-def _refuse(where: str, options: dict[str, Any]) -> None:
-    if problems := check(**options):
-        raise ValueError("\n".join([f"{where}:", *(f"  {k}: {text}" for k, text in problems)]))
 
 
 def checked(build: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
@@ -101,7 +92,7 @@ def checked(build: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.
 
     @functools.wraps(build)
     def checked_build(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-        _refuse(build.__name__, options)  # the defaults are in range
+        refuse(build.__name__, check(**options))  # the defaults are in range
         return build(model, **options)
 
     checked_build.__dict__["check"] = check
@@ -122,6 +113,39 @@ def adamw(
     group: Group = {"params": params, "optimizer": "adamw", "weight_decay": weight_decay}
     fused = all(p.is_cuda for p in params) or None
     return torch.optim.AdamW([group], lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+
+
+@checked
+def adam(
+    model: nn.Module,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """torch's Adam, one group; `weight_decay` is L2, added to the gradient before the moments."""
+    params = _trainable(model, lambda role, p: True)
+    group: Group = {"params": params, "optimizer": "adam", "weight_decay": weight_decay}
+    fused = all(p.is_cuda for p in params) or None
+    return torch.optim.Adam([group], lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+
+
+@checked
+def sgd(
+    model: nn.Module,
+    *,
+    lr: float = 1e-2,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """torch's SGD, one group; `weight_decay` is L2. Without momentum Nesterov's step is plain."""
+    params = _trainable(model, lambda role, p: True)
+    group: Group = {"params": params, "optimizer": "sgd", "weight_decay": weight_decay}
+    nesterov = nesterov and momentum > 0  # torch refuses the other, which is the same
+    fused = all(p.is_cuda for p in params) or None
+    return torch.optim.SGD([group], lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
@@ -241,10 +265,18 @@ def muon(
     return Muon([first, second] if others else [first], defaults={})
 
 
+def _heavyball(compile: bool) -> Any:
+    """The package, told whether to compile: one setting for the whole process."""
+    import heavyball  # seconds to import, so only where it is used
+
+    heavyball.utils.compile_mode = "max-autotune-no-cudagraphs" if compile else None
+    return heavyball
+
+
 @functools.cache
-def _repeatable(psgd_kron: Any) -> Any:
-    class PSGDKron(psgd_kron):
-        """heavyball's PSGD-Kron whose noise and checkpoints depend on nothing but the step."""
+def _repeatable(kind: Any) -> Any:
+    class Repeatable(kind):
+        """A `kind` of heavyball's whose noise and checkpoints depend on nothing but the step."""
 
         def step(self, closure: Any = None) -> Any:
             group = self.param_groups[0]
@@ -274,7 +306,7 @@ def _repeatable(psgd_kron: Any) -> Any:
                     move = functools.partial(torch.Tensor.to, device=p.device)
                     self.state[p] = tree_map_only(torch.Tensor, move, saved)
 
-    return PSGDKron
+    return Repeatable
 
 
 @checked
@@ -294,60 +326,60 @@ def psgd(
 
     `compile` autotunes at the first step (seconds to minutes) and holds for the whole process.
     """
-    import heavyball  # seconds to import, so only where it is used
-
-    heavyball.utils.compile_mode = "max-autotune-no-cudagraphs" if compile else None
+    heavyball = _heavyball(compile)
     group = {"params": _trainable(model, lambda role, p: True), "optimizer": "psgd"}
     kron = _repeatable(heavyball.PSGDKron)
     return kron([group], lr=lr, beta=momentum, weight_decay=weight_decay, precond_init_scale=1.0)
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon, "psgd": psgd}
+@checked
+def soap(
+    model: nn.Module,
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    precondition_frequency: int = 2,
+    compile: bool = False,
+) -> torch.optim.Optimizer:
+    """heavyball's SOAP for all parameters; like it, `step` sets every gradient to None.
+
+    Adam in the eigenbasis of Shampoo's preconditioner (Vyas et al. 2024, arXiv:2409.11321), which
+    moves every `precondition_frequency` steps. Vectors, and sides longer than 2048, keep their own
+    basis. `compile` as in `psgd`.
+    """
+    group = {"params": _trainable(model, lambda role, p: True), "optimizer": "soap"}
+    return _repeatable(_heavyball(compile).SOAP)(
+        [group],
+        lr=lr,
+        betas=tuple(betas),
+        eps=eps,
+        weight_decay=weight_decay,
+        precondition_frequency=precondition_frequency,
+    )
 
 
-@dataclass(frozen=True)
-class Constant:
-    """The full rate from step `warmup_steps` - 1 on; before it, linear from 1 / warmup_steps."""
+OPTIMIZERS = {
+    "adamw": adamw,
+    "adam": adam,
+    "sgd": sgd,
+    "muon": muon,
+    "psgd": psgd,
+    "soap": soap,
+}
 
-    warmup_steps: int = 0
-
-    check = staticmethod(check)
-
-    def __post_init__(self):
-        _refuse("constant", asdict(self))
-
-    def scale(self, step: int, steps: int) -> float:
-        """Factor for the rate at `step`, from 0, of `steps` steps."""
-        return min(1.0, (step + 1) / max(1, self.warmup_steps))
-
-
-@dataclass(frozen=True)
-class WarmupStableDecay:
-    """Warm-up as in `Constant`, the full rate, and linear to `final` in the last `decay_share`."""
-
-    warmup_steps: int = 0
-    decay_share: float = 0.2
-    final: float = 0.0
-
-    check = staticmethod(check)
-
-    def __post_init__(self):
-        _refuse("wsd", asdict(self))
-
-    def scale(self, step: int, steps: int) -> float:
-        """Factor for the rate at `step`, from 0; `final` is for step `steps`, one past the last."""
-        decay_steps = round(self.decay_share * steps)
-        if self.warmup_steps + decay_steps > steps:
-            parts = f"warmup_steps {self.warmup_steps} and decay_share {self.decay_share:g}"
-            raise ValueError(f"wsd: {parts} (= {decay_steps} steps) must fit into {steps} steps")
-        left = min(1.0, max(0, steps - step) / max(1, decay_steps))  # 1 to 0 during the decay
-        return min(1.0, (step + 1) / max(1, self.warmup_steps)) * (left + (1 - left) * self.final)
-
-
-SCHEDULES = {"constant": Constant, "wsd": WarmupStableDecay}
-
-
-def set_lr(optimizer: torch.optim.Optimizer, scale: float) -> None:
-    """Every group's rate is `scale` times the one it was built with, kept as `initial_lr`."""
-    for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
+PRESETS: dict[str, dict[str, Any]] = {
+    # Log 001 until output25. The best rates, 001's from output27 on and all of 002's, are the
+    # defaults; legacy_ndim because both logs split by dimensions.
+    "muon_001": {"name": "muon", "lr": 2e-3, "adamw_lr": 3e-4, "legacy_ndim": True},
+    "muon_best": {"name": "muon", "lr": 5e-3, "adamw_lr": 5e-4, "legacy_ndim": True},
+    # 001's output37; after it 3e-4, 5e-4, 1e-4, and momentum 0.8 and 0.95 at 3e-4.
+    "psgd_001": {"name": "psgd", "lr": 1e-3, "momentum": 0.9, "weight_decay": 0.01},
+    "psgd_best": {"name": "psgd", "lr": 3e-4, "momentum": 0.9, "weight_decay": 0.01},
+    "soap_001": {"name": "soap", "lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.01},
+    "waveform_adam": {"name": "adam", "lr": 1e-2},  # 000's first; 1e-4 in its report
+    "roll_adam": {"name": "adam", "lr": 1e-3},
+    "umx_adam": {"name": "adam", "lr": 1e-3, "weight_decay": 1e-5},  # with the schedule `plateau`
+}
+"""The optimizers of the logs, as what a config's `optim:` would say."""

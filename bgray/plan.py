@@ -15,16 +15,23 @@ from typing import Any
 
 from bgray import shards, sources, storage
 from bgray.config import ConfigError, digest
+from bgray.layouts import Item, suffix
 from bgray.shards import Options
-from bgray.sources import Item, Rejected
+from bgray.sources import Rejected
 
 MB = 1_000_000
 LARGEST_SHARD, SMALLEST_SHARD, FEWEST_SHARDS = 96 * MB, 8 * MB, 16
-FLAC_BYTES_PER_SAMPLE = 1.0  # of 2; 0.7 (stems) to 1.1 (speech) were measured
+# Of 2; 0.7 (stems) to 1.1 (speech) were measured. Rolls take a hundredth of it, but parsing MIDI
+# takes so long that it should be spread over as many workers.
+BYTES_PER_SAMPLE = 1.0
+MIDI_BYTES_PER_BEAT = 40
 # Of CDs; the compressed ones come to about 20 kB/s.
 BYTES_PER_SECOND = {".wav": 176_400, ".aiff": 176_400, ".aif": 176_400, ".flac": 100_000}
+OTHER_BYTES_PER_SECOND = 20_000
 SPLITS = ("train", "validation")
-NOT_IN_ROWS = ("group", "validation", "validation_groups", "max_rejected", "songs")
+NOT_IN_ROWS = ("group", "validation", "validation_groups", "songs")
+# Left out of hashes where they say nothing, so that plans made before there were such options hold.
+LATER = {"kind": "audio", "round_trips": (), "soundfont": ""}
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,14 @@ class Job:
 
     @property
     def voices(self) -> tuple[str, ...]:
-        return ("audio", *self.stems, *(f"shift_{by:g}" for by in self.options.shifts))
+        if self.options.kind == "roll":
+            return ("roll",)
+        return ("audio", *self.stems, *self.options.variants)
 
     @property
     def hash(self) -> str:
         """Of everything that decides the shard's bytes, and of its files' size and time."""
-        options = dataclasses.asdict(self.options)
+        options = choice(self.options)
         content = {key: options[key] for key in options if key not in NOT_IN_ROWS}
         return digest([shards.VERSION, self.name, content, self.stems, listing(self.items)])[:24]
 
@@ -65,10 +74,11 @@ def make_plan(
 
     Reads the headers of local files, and hashes files of equal size to find duplicates.
     """
-    rejected, sizes, usable = dict(unusable), {}, []
+    rejected, sizes, names, usable = dict(unusable), {}, {}, []
     for item in items:
         try:
             sizes[item.key] = _estimate(item, options)
+            names[item.key] = sources.stem_names(item) if options.stems else ()
             usable.append(item)
         except Rejected as reason:
             rejected[item.key] = str(reason)
@@ -76,19 +86,12 @@ def make_plan(
     if not usable:
         return Plan([], rejected, duplicates)
     chosen = validation_groups(sorted({item.group for item in usable}), options)
-    stems = (
-        tuple(sorted({part.stem for item in usable for part in item.parts}))
-        if options.stems
-        else ()
-    )
-    if options.stems and usable[0].song >= 0:
-        from bgray.band import PROGRAMS
-
-        stems = tuple(PROGRAMS.values())
-    voices = 1 + len(stems) + len(options.shifts)
+    found = dict.fromkeys(name for item in usable for name in names[item.key])
+    stems = tuple(found) if usable[0].song >= 0 else tuple(sorted(found))  # the band has its order
+    voices = 1 + len(stems) + len(options.variants)
     total = voices * sum(sizes[item.key] for item in usable)
     # Stems are large; below one full row group a shard could not mix its songs.
-    row_group = voices * shards.ROW_GROUP_SIZE * _bytes(shards.CHUNK_SECONDS, options)
+    row_group = voices * shards.ROW_GROUP_SIZE * _bytes(chunk_seconds(options), options)
     target = min(LARGEST_SHARD, max(SMALLEST_SHARD, row_group, total / FEWEST_SHARDS))
     jobs = []
     for split in SPLITS:
@@ -158,20 +161,26 @@ def _estimate(item: Item, options: Options) -> float:
         seconds = options.seconds
     elif not all(part.size for part in item.parts):
         raise Rejected("empty (0 bytes)")
+    elif sources.is_midi(item):  # as if all were at 60 beats a minute
+        seconds = item.parts[0].size / MIDI_BYTES_PER_BEAT
     elif storage.is_remote(item.parts[0].path):  # a header costs a request there
-        suffixes = [os.path.splitext(part.name)[1].lower() for part in item.parts]
-        seconds = max(
-            p.size / BYTES_PER_SECOND.get(s, 20_000)
-            for p, s in zip(item.parts, suffixes, strict=True)
-        )
+        rates = [
+            BYTES_PER_SECOND.get(suffix(part.name), OTHER_BYTES_PER_SECOND) for part in item.parts
+        ]
+        seconds = max(part.size / rate for part, rate in zip(item.parts, rates, strict=True))
     else:
         headers = sources.read_header(item, options)
         seconds = max(header.frames / header.sample_rate for header in headers)
     return _bytes(seconds, options)
 
 
+def chunk_seconds(options: Options) -> float:
+    """Of most rows of audio, and of every row of rolls, where they are beats."""
+    return shards.ROLL_BEATS if options.kind == "roll" else shards.CHUNK_SECONDS
+
+
 def _bytes(seconds: float, options: Options) -> float:
-    return seconds * options.sample_rate * options.channels * FLAC_BYTES_PER_SAMPLE
+    return seconds * options.sample_rate * options.channels * BYTES_PER_SAMPLE
 
 
 def _without_duplicates(items: list[Item]) -> tuple[list[Item], list[dict[str, str]]]:
@@ -193,6 +202,16 @@ def _without_duplicates(items: list[Item]) -> tuple[list[Item], list[dict[str, s
         {"path": path, "reason": f"same content as {same[path]}"} for path in sorted(same)
     ]
     return [item for item in items if item.key not in same], duplicates
+
+
+def choice(options: Options) -> dict[str, Any]:
+    """The options that decide what is in the shards, as plain data, for hashes."""
+    values = dataclasses.asdict(options)
+    del values["max_rejected"]
+    if options.soundfont:  # wherever it lies
+        size = os.path.getsize(options.soundfont) if os.path.exists(options.soundfont) else 0
+        values["soundfont"] = [os.path.basename(options.soundfont), size]
+    return {key: value for key, value in values.items() if LATER.get(key, ...) != value}
 
 
 def listing(items: Iterable[Item]) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from bgray.build import build_task
 from bgray.config import (
     SWEEP_KEYS,
     ConfigError,
@@ -19,7 +20,7 @@ from bgray.config import (
     split_sweep,
 )
 from bgray.document import set_path
-from bgray.experiment import absolute, build_task, read_overridden, resolve, run_url
+from bgray.experiment import absolute, read_overridden, resolve, run_url
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ def expand(source: str, overrides: tuple[str, ...] = ()) -> tuple[Sweep, list[Tr
                 trials[trial.id], label=f"{trials[trial.id].label} = {label}"
             )
         trials[trial.id] = trial
+    scores = build_task(next(iter(trials.values())).experiment).scores
+    metric = next(iter(scores)) if sweep.metric == "auto" else sweep.metric
+    mode = scores.get(metric, "auto") if sweep.mode == "auto" else sweep.mode
+    sweep = dataclasses.replace(sweep, metric=metric, mode=mode)
     _check(sweep, list(trials.values()), source)
     return sweep, list(trials.values())
 

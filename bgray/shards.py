@@ -4,6 +4,8 @@ A folder (or s3:// prefix) of `train-00000.parquet`, `validation-00000.parquet`,
 `manifest.json`, which is written last: without it the folder is unfinished. A row is one aligned
 chunk of about 10 s (of 5 to 15); each voice (`audio`, its shifted variants, stems) is a `binary`
 column holding a FLAC-16 file of it. Eight rows make a row group, which is what gets read at once.
+Or a row is 1920 steps of a piano roll as packed bits (voice `roll`): 88 channels at a "rate" of 24
+steps a beat, so that what is seconds elsewhere is beats there.
 `python -m bgray.shards SOURCE DESTINATION` writes such a folder (the work is in `bgray.ingest`).
 """
 
@@ -21,16 +23,18 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import soundfile
 
 from bgray import storage
 from bgray.config import ConfigError, digest
+from bgray.encoding import ROLL_MAGIC, Corrupt, decode_flac, decode_roll, encode_flac, encode_roll
 
 VERSION = 1
 CHUNK_SECONDS = 10.0
+ROLL_BEATS, ROLL_RATE, ROLL_CHANNELS = 80.0, 24, 88  # a row's beats, steps a beat, piano keys
 ROW_GROUP_SIZE = 8  # about 4.5 MB of mono pairs: one good-sized read from S3
 PLAIN_COLUMNS = ("key", "group", "start", "frames")  # every other column is a voice
 COMMAND = "python -m bgray.shards"
+ENCODINGS = {"audio": "flac", "roll": "packed-bits"}  # by kind, as in the manifest
 # What pyarrow raises over broken bytes, besides an OSError with one of these words.
 BROKEN = (pa.ArrowException, UnicodeDecodeError, KeyError)
 BROKEN_WORDS = re.compile(r"thrift|parquet|\bpage\b|end of stream|column|decod", re.IGNORECASE)
@@ -40,14 +44,21 @@ BROKEN_WORDS = re.compile(r"thrift|parquet|\bpage\b|end of stream|column|decod",
 class Options:
     """How shards are made from a source. Everything but `max_rejected` decides what is in them."""
 
+    kind: Literal["audio", "roll"] = "audio"
+    """roll: MIDI files as piano rolls; needs sample_rate 24 and channels 88."""
     sample_rate: int = 48000
     """Hz; sources of another rate are resampled, and the summary says how many."""
     channels: int = 1
     """1 mixes down to mono; 2 doubles mono sources."""
     shifts: tuple[float, ...] = ()
     """Semitones; each adds a voice `shift_<semitones>`, made from the file before it is cut."""
+    round_trips: tuple[float, ...] = ()
+    """Semitones; each adds a voice `roundtrip_<semitones>`: shifted by them and back again."""
     stems: bool = False
-    """One folder a track, one file a stem: a voice per stem, and `audio` is their sum."""
+    """A voice per stem, and `audio` is their sum. One folder a track, one file a stem; Slakh's
+    folders, by instrument; or MIDI files, each instrument played by fluidsynth."""
+    soundfont: str = ""
+    """The .sf2 or .sf3 file that MIDI is played with; empty: what the system has."""
     group: Literal["file", "folder"] = "file"
     """What may not be in both splits: a file (a track), or all of a folder (a speaker)."""
     validation: float = 0.1
@@ -62,14 +73,15 @@ class Options:
     songs: int = 48
     """Built-in music only."""
     seconds: float = 20.0
-    """Length of a built-in song."""
+    """Length of a built-in song; from 70 on each has a whole row of roll, however slow it is."""
     seed: int = 0
     """Of the built-in songs."""
 
     def __post_init__(self):
+        is_roll = self.kind == "roll"
         limits = {
-            "sample_rate": (1000, 655_350),  # FLAC's largest
-            "channels": (1, 8),
+            "sample_rate": (ROLL_RATE,) * 2 if is_roll else (1000, 655_350),  # FLAC's largest
+            "channels": (ROLL_CHANNELS,) * 2 if is_roll else (1, 8),
             "validation": (0, 1),
             "max_rejected": (0, 1),
             "min_seconds": (0, float("inf")),
@@ -81,14 +93,27 @@ class Options:
             for name, (low, high) in limits.items()
             if not low <= getattr(self, name) <= high
         ]
-        if not all(0 < abs(shift) <= 24 for shift in self.shifts):  # NaN neither
-            problems.append(("shift", f"must be -24 to 24 semitones and not 0, got {self.shifts}"))
-        if len(set(self.shifts)) < len(self.shifts):
-            problems.append(("shift", f"names one twice: {self.shifts}"))
-        if self.group not in ("file", "folder"):
-            problems.append(("group", f"must be file or folder, got {self.group!r}"))
+        for name, choices in (("kind", ("audio", "roll")), ("group", ("file", "folder"))):
+            if (value := getattr(self, name)) not in choices:
+                problems.append((name, f"must be {' or '.join(choices)}, got {value!r}"))
+        for name, values in (("shift", self.shifts), ("round trip", self.round_trips)):
+            in_range = all(0 < abs(by) <= 24 for by in values)  # NaN is not
+            if not in_range or len(set(values)) < len(values):
+                problems.append((name, f"must be -24 to 24, not 0, each once, got {values}"))
+        for name in ("shifts", "round_trips", "stems", "soundfont", "upsample"):
+            if is_roll and getattr(self, name):
+                problems.append((name, "is about sound; piano rolls have none"))
         if problems:
             raise ConfigError("shards", problems)
+
+    @property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """Voices that are computed from `audio`: name to how, as in the manifest."""
+        voices = {f"shift_{by:g}": {"of": "audio", "semitones": float(by)} for by in self.shifts}
+        for by in self.round_trips:
+            how = {"of": "audio", "semitones": float(by), "round_trip": True}
+            voices[f"roundtrip_{by:g}"] = how
+        return voices
 
 
 @dataclass(frozen=True)
@@ -102,7 +127,7 @@ class Row:
     """Samples from the beginning of the file."""
     frames: int
     voices: dict[str, bytes]
-    """FLAC files, not decoded."""
+    """As stored, not decoded: FLAC files or packed piano rolls."""
     place: str = dataclasses.field(default="", compare=False)
     """Where it was read, for messages: `<url>/<shard>, row group <index>`."""
 
@@ -131,7 +156,7 @@ class Manifest:
     rejected: list[dict[str, str]]
     duplicates: list[dict[str, str]]
     ignored: int
-    """Files that are not audio."""
+    """Files that are neither sound nor, where MIDI was looked for, MIDI."""
     shards: tuple[Shard, ...]
     options: dict[str, Any]
     plan: str
@@ -152,6 +177,15 @@ class Manifest:
 
     def seconds(self, split: str) -> float:
         return sum(file["seconds"] for file in self.files if file["split"] == split)
+
+    @property
+    def kind(self) -> str:
+        return "roll" if "roll" in self.voices else "audio"
+
+    def density(self, split: str) -> float:
+        """Share of ones in a split's rolls: what predicting silence has as squared error."""
+        ones = sum(file["ones"] for file in self.files if file["split"] == split)
+        return ones / max(1.0, self.seconds(split) * self.sample_rate * self.channels)
 
     def to_json(self) -> bytes:
         return json.dumps(dataclasses.asdict(self), indent=1).encode()
@@ -187,27 +221,22 @@ def prepare(
 # --- one file -------------------------------------------------------------------------------------
 
 
-def encode_flac(audio: np.ndarray, sample_rate: int) -> bytes:
-    """int16 (C, T) -> a FLAC file."""
-    file = io.BytesIO()
-    soundfile.write(file, audio.T, sample_rate, format="FLAC", subtype="PCM_16")
-    return file.getvalue()
+def encode_voice(voice: np.ndarray, sample_rate: int, kind: str) -> bytes:
+    """int16 (C, T) -> bytes as the manifest names them."""
+    return encode_roll(voice) if kind == "roll" else encode_flac(voice, sample_rate)
 
 
-def decode_flac(data: bytes) -> np.ndarray:
-    """A FLAC file -> int16 (C, T)."""
-    audio, _ = soundfile.read(io.BytesIO(data), dtype="int16", always_2d=True)
-    return np.ascontiguousarray(audio.T)
+def _decode(stored: bytes) -> np.ndarray:
+    return decode_roll(stored) if stored.startswith(ROLL_MAGIC) else decode_flac(stored)
 
 
 def decode_voice(row: Row, voice: str) -> np.ndarray:
     """One voice of a row -> int16 (C, T); ConfigError with the row's place where it is corrupt."""
     try:
-        return decode_flac(row.voices[voice])
-    except soundfile.SoundFileError as error:
-        reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
+        return _decode(row.voices[voice])
+    except Corrupt as error:
         text = (
-            f"chunk {row.key} @{row.start}, voice {voice}: corrupt ({reason}); "
+            f"chunk {row.key} @{row.start}, voice {voice}: corrupt ({error}); "
             f"check with {COMMAND} --verify {row.place.rpartition('/')[0]}"
         )
         raise ConfigError(row.place, [("", text)]) from error
@@ -226,7 +255,7 @@ def encode_shard(rows: Sequence[Row], voices: Sequence[str]) -> bytes:
     file = io.BytesIO()
     # Groups of even size: a lone chunk in the last one would be drawn eight times as often.
     num_groups = max(1, math.ceil(len(rows) / ROW_GROUP_SIZE))
-    # FLAC cannot be compressed again; dictionaries and statistics of audio would double the file.
+    # Voices cannot be compressed again; dictionaries and statistics of audio would double the file.
     pq.write_table(
         pa.table(columns),
         file,
@@ -346,28 +375,26 @@ def _shard_problems(url: str, shard: Shard, manifest: Manifest) -> Iterator[str]
             yield f"{shape} rows and row groups, the manifest says {(shard.rows, shard.row_groups)}"
         for index in range(file.num_row_groups):
             for row in _rows(file, index, list(manifest.voices), shard.name):
-                for voice, flac in row.voices.items():
-                    if (shape := decode_flac(flac).shape) != (manifest.channels, row.frames):
+                for voice, stored in row.voices.items():
+                    if (shape := _decode(stored).shape) != (manifest.channels, row.frames):
                         expected = manifest.channels, row.frames
                         yield f"{row.key} at {row.start}, {voice}: {shape}, not {expected}"
     except FileNotFoundError:
         yield "missing"
-    except (OSError, ConfigError, *BROKEN, soundfile.SoundFileError) as error:
+    except (OSError, ConfigError, *BROKEN, Corrupt) as error:
         yield f"unreadable: {error}"
 
 
 def main() -> None:
     """The command line."""
-    from bgray import (
-        shards_command,
-    )  # rich and argparse are no business of the workers that import the readers
+    # rich and argparse are no business of the workers that import the readers.
+    from bgray import shards_command
 
     shards_command.main()
 
 
 if __name__ == "__main__":
-    from bgray.shards import (
-        main,
-    )  # so that Ray pickles bgray.shards.*, not __main__.*, by reference
+    # So that Ray pickles bgray.shards.*, not __main__.*, by reference.
+    from bgray.shards import main
 
     main()

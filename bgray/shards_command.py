@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -12,8 +13,10 @@ from rich.table import Table
 
 from bgray import shards, storage
 from bgray.config import ConfigError
-from bgray.shards import Manifest
+from bgray.shards import ROLL_CHANNELS, ROLL_RATE, Manifest
 
+SPLITS = ("train", "validation")
+ROLL_SONG_SECONDS = 96.0  # 1 to 3 pieces, by tempo
 Rows = list[tuple[str, ...]]
 Progressed = Callable[[int, int], None]
 
@@ -61,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=name,
         usage=f"{name} SOURCE DESTINATION [options]\n"
         f"       {name} --list FOLDER\n       {name} --verify FOLDER",
-        description="Write audio files, stems or built-in music as shards. "
+        description="Write audio files, stems, MIDI files or built-in music as shards. "
         "Run again, it goes on where it stopped.",
     )
     places = "folders or s3:// prefixes; SOURCE may be: builtin"
@@ -69,30 +72,57 @@ def _parser() -> argparse.ArgumentParser:
     add("places", nargs="*", metavar="SOURCE DESTINATION", help=places)
     add("--list", metavar="FOLDER", help="show what a folder of shards holds")
     add("--verify", metavar="FOLDER", help="read and decode all of it, name what is corrupt")
-    add("--sample-rate", type=int, default=default.sample_rate, metavar="HZ")
-    add("--channels", type=int, default=default.channels, metavar="N")
-    add("--shift", type=float, nargs="+", default=(), metavar="SEMITONES", help="add such voices")
-    add("--stems", action="store_true", help="one folder a track, one file a stem (drums.wav)")
+    add(
+        "--sample-rate",
+        type=int,
+        metavar="HZ",
+        help=f"of sound; {default.sample_rate} if not given",
+    )
+    add("--channels", type=int, metavar="N", help=f"of sound; {default.channels} if not given")
+    several: dict[str, Any] = {"type": float, "nargs": "+", "action": "extend", "default": []}
+    add("--shift", **several, metavar="SEMITONES", help="add voices shifted by them")
+    add("--round-trip", **several, metavar="SEMITONES", help="add voices shifted there and back")
+    add(
+        "--stems",
+        action="store_true",
+        help="a voice for each stem: one folder a track, one file a stem (MUSDB18-HQ's drums.wav; "
+        "mixture.* is ignored), Slakh's folders, or MIDI files played by fluidsynth",
+    )
+    add("--soundfont", default="", metavar="FILE", help="plays the MIDI files; .sf2 or .sf3")
+    add(
+        "--rolls",
+        action="store_true",
+        help="MIDI files, or built-in songs, as piano rolls: pieces of 80 beats, 24 steps a beat",
+    )
     add("--group", choices=("file", "folder"), default=default.group, help="kept in one split")
     add("--validation", type=float, default=default.validation, metavar="SHARE", help="of groups")
-    add("--validation-groups", default="", metavar="A,B", help="exactly these groups instead")
+    add("--validation-groups", default="", metavar="A,B", help="exactly these instead")
     add(
         "--max-rejected", type=float, default=default.max_rejected, metavar="SHARE", help="of files"
     )
     add("--upsample", action="store_true", help="accept files of far lower rate than --sample-rate")
     add("--min-seconds", type=float, default=default.min_seconds, metavar="S")
     add("--songs", type=int, default=default.songs, metavar="N", help="of built-in music")
-    add("--seconds", type=float, default=default.seconds, metavar="S", help="of a built-in song")
+    add(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help=f"of a built-in song; {default.seconds:g}, as rolls {ROLL_SONG_SECONDS:g}",
+    )
     add("--seed", type=int, default=default.seed, metavar="N", help="of the built-in songs")
     add("--workers", type=int, metavar="N", help="Ray Data tasks at a time; 0: this process only")
     return parser
 
 
 def _prepare(args: argparse.Namespace, console: Console) -> None:
-    values = {**vars(args), "shifts": tuple(args.shift)}
+    values = {**vars(args), "shifts": tuple(args.shift), "round_trips": tuple(args.round_trip)}
     values["validation_groups"] = tuple(name for name in args.validation_groups.split(",") if name)
-    fields = dataclasses.fields(shards.Options)
-    options = shards.Options(**{field.name: values[field.name] for field in fields})
+    if args.rolls:
+        rolls = {"sample_rate": ROLL_RATE, "channels": ROLL_CHANNELS, "seconds": ROLL_SONG_SECONDS}
+        values |= {"kind": "roll"} | {k: v for k, v in rolls.items() if values[k] is None}
+    names = [field.name for field in dataclasses.fields(shards.Options)]
+    given = {name: values[name] for name in names if values.get(name) is not None}
+    options = shards.Options(**given)
     source, destination = args.places
     there = storage.exists(shards.manifest_url(destination))
     with _bar(console) as progress:
@@ -107,30 +137,39 @@ def _prepare(args: argparse.Namespace, console: Console) -> None:
         if entries[10:]:
             console.print(f"... and {len(entries) - 10} more {title}, all in the manifest")
     _show(console, _summary(manifest))
-    resampled = sum(file["source_rate"] != manifest.sample_rate for file in manifest.files)
     console.print(f"voices: {', '.join(manifest.voices)}", markup=False)
-    console.print(
-        f"{resampled} of {len(manifest.files)} files resampled to {manifest.sample_rate} Hz"
-    )
+    if manifest.kind == "roll":
+        densities = [f"{split} {manifest.density(split):.4f}" for split in SPLITS]
+        console.print(f"note density (the error of predicting silence): {', '.join(densities)}")
+    else:
+        resampled = sum(file["source_rate"] != manifest.sample_rate for file in manifest.files)
+        console.print(
+            f"{resampled} of {len(manifest.files)} files resampled to {manifest.sample_rate} Hz"
+        )
+    if played_with := manifest.options.get("played_with"):
+        console.print(f"MIDI played with {played_with}", markup=False)
+    if left_out := sum(len(file.get("left_out", ())) for file in manifest.files):
+        console.print(f"{left_out} stems left out, which the metadata says were never rendered")
     if scaled := sum(file.get("gain_db", 0.0) < 0 for file in manifest.files):
         console.print(f"{scaled} files scaled down to avoid clipping")
     console.print(
         f"{len(manifest.rejected)} rejected, {len(manifest.duplicates)} duplicates, "
-        f"{manifest.ignored} files that are not audio"
+        f"{manifest.ignored} files of other kinds"
     )
     console.print(f"manifest: {shards.manifest_url(destination)}", markup=False)
 
 
 def _summary(manifest: Manifest) -> Rows:
-    table: Rows = [("split", "files", "groups", "hours", "chunks", "shards", "MB")]
-    for split in ("train", "validation"):
+    # A roll's rate is in steps a beat, so what is seconds elsewhere is beats.
+    unit, per_unit = ("beats", 1) if manifest.kind == "roll" else ("hours", 3600)
+    table: Rows = [("split", "files", "groups", unit, "chunks", "shards", "MB")]
+    for split in SPLITS:
         files = [file for file in manifest.files if file["split"] == split]
         groups = {file["group"] for file in files}
         sizes = [shard.bytes for shard in manifest.shards if shard.split == split]
-        hours, megabytes = manifest.seconds(split) / 3600, sum(sizes) / 1e6
-        counts = map(
-            str, (len(files), len(groups), f"{hours:.3f}", manifest.rows(split), len(sizes))
-        )
+        length, megabytes = manifest.seconds(split) / per_unit, sum(sizes) / 1e6
+        length = f"{length:.0f}" if unit == "beats" else f"{length:.3f}"
+        counts = map(str, (len(files), len(groups), length, manifest.rows(split), len(sizes)))
         table.append((split, *counts, f"{megabytes:.1f}"))
     return table
 

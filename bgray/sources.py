@@ -1,28 +1,22 @@
-"""What shards are made of: audio files, folders of stems, built-in songs; read as voices.
+"""Items of a source as voices: decoded sound, MIDI played by instrument, rolls, built-in songs."""
 
-With stems, a folder that holds audio is a track and its files are the stems; a `mixture.*` among
-them is ignored, because `audio` is made as the stems' sum.
-"""
-
-import difflib
 import hashlib
 import io
 import math
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from bgray import storage
+from bgray import midi, storage
 from bgray.config import ConfigError
-from bgray.shards import PLAIN_COLUMNS, Options
+from bgray.layouts import MIDI_SUFFIXES, Item, Part, suffix
+from bgray.shards import ROLL_BEATS, ROLL_CHANNELS, ROLL_RATE, Options
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
+PIECE = round(ROLL_BEATS * ROLL_RATE)  # steps
 SILENCE = 1e-4  # peak of full scale, -80 dB: dither is below it, music is not
 LARGEST_PEAK = 8  # of floats: beyond it they are not on a full scale of 1
 LOWEST_RATE_SHARE = 0.9  # 44.1 kHz may become 48 kHz: the missing 2 kHz are above hearing
@@ -38,31 +32,8 @@ class Rejected(Exception):
 
 
 @dataclass(frozen=True)
-class Part:
-    """One audio file."""
-
-    path: str
-    name: str
-    """The source folder's relative path to it, printable."""
-    stem: str
-    size: int
-    stamp: str
-    """Changes when the content does: modification time or ETag."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """Used or rejected as a whole: a file, a track's stems, or a built-in song (no parts)."""
-
-    key: str
-    group: str
-    parts: tuple[Part, ...]
-    song: int = -1
-
-
-@dataclass(frozen=True)
 class Clip:
-    """An item as sound at the shards' rate and channels: every voice (C, T) float32."""
+    """An item at the shards' rate and channels: every voice (C, T) float32, a roll (P, T) uint8."""
 
     voices: dict[str, np.ndarray]
     source_rate: int
@@ -82,137 +53,6 @@ class Header:
     frames: int
 
 
-# --- listing --------------------------------------------------------------------------------------
-
-
-def list_items(source: str, options: Options) -> tuple[list[Item], dict[str, str], int]:
-    """(items ordered by key, reasons against others, number of files that are not audio)."""
-    if source == "builtin":
-        from bgray import band
-
-        try:  # what the band cannot play, it says at the first note
-            band.song(
-                options.seed, 0, seconds=min(1.0, options.seconds), sample_rate=options.sample_rate
-            )
-        except ValueError as error:
-            raise ConfigError("built-in music", [("", str(error))]) from None
-        keys = [f"song-{index:05}" for index in range(options.songs)]
-        return [Item(key, key, (), index) for index, key in enumerate(keys)], {}, 0
-    files = sorted(
-        _remote(source) if storage.is_remote(source) else _local(source), key=lambda part: part.name
-    )
-    audio = [part for part in files if _suffix(part.name) in SUFFIXES]
-    if not audio:
-        others = Counter(_suffix(part.name) or "without suffix" for part in files)
-        there = (
-            ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5)) or "nothing"
-        )
-        text = f"no audio found (looked for {', '.join(SUFFIXES)}); there: {there}"
-        raise ConfigError(source, [("", text)])
-    items, rejected = (
-        _tracks(audio, options) if options.stems else ([_file(part, options) for part in audio], {})
-    )
-    return items, rejected, len(files) - len(audio)
-
-
-def _file(part: Part, options: Options) -> Item:
-    return Item(part.name, _parent(part.name) if options.group == "folder" else part.name, (part,))
-
-
-def _tracks(audio: list[Part], options: Options) -> tuple[list[Item], dict[str, str]]:
-    folders = defaultdict(list)
-    for part in audio:
-        folders[_parent(part.name)].append(part)
-    items, rejected = [], {}
-    for key, parts in folders.items():
-        group = _parent(key) if options.group == "folder" else key
-        stems = tuple(part for part in parts if part.stem != "mixture")
-        counts = Counter(part.stem for part in stems)
-        reserved = [
-            name
-            for name in counts
-            if name in (*PLAIN_COLUMNS, "audio") or name.startswith("shift_")
-        ]
-        if not stems:
-            rejected[key] = "a mixture without stems"
-        elif reserved:
-            rejected[key] = f"a stem cannot be called '{reserved[0]}'; rename the file"
-        elif max(counts.values()) > 1:
-            rejected[key] = f"two files are stem '{counts.most_common(1)[0][0]}'"
-        else:
-            items.append(Item(key, group, stems))
-    return items, rejected
-
-
-def _local(source: str) -> Iterator[Part]:
-    root = Path(source)
-    if not root.is_dir():
-        near = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        close = difflib.get_close_matches(root.name, near, 1)
-        hint = (
-            f"; did you mean {root.parent / close[0]}?"
-            if close
-            else "; give the folder that holds the audio"
-        )
-        raise ConfigError(source, [("", ("a file" if root.exists() else "no such folder") + hint)])
-
-    def fail(error: OSError) -> None:
-        raise ConfigError(source, [("", f"cannot list {error.filename}: {error.strerror}")])
-
-    seen = set()
-    # Linked folders are common in data sets; `seen` ends a link to a folder above itself.
-    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        for name in names:
-            path = Path(folder, name)
-            if (
-                not name.startswith(".") and path.is_file()
-            ):  # ._song.wav is a Mac's note about song.wav
-                stat = path.stat()
-                yield _part(
-                    str(path),
-                    path.relative_to(root).as_posix(),
-                    stat.st_size,
-                    str(stat.st_mtime_ns),
-                )
-
-
-def _remote(source: str) -> Iterator[Part]:
-    try:
-        with storage.plain_errors(source):
-            fs, root = storage.filesystem(source)
-            found = dict(fs.find(root, detail=True))
-    except OSError as error:
-        raise ConfigError(source, [("", f"cannot list it: {error}")]) from None
-    for path, info in found.items():
-        name = path.removeprefix(root).lstrip("/")
-        if info["type"] == "file" and not any(piece.startswith(".") for piece in name.split("/")):
-            yield _part(
-                fs.unstrip_protocol(path),
-                name,
-                info["size"],
-                str(info.get("ETag", info.get("mtime", ""))),
-            )
-
-
-def _part(path: str, name: str, size: int, stamp: str) -> Part:
-    # A file name may hold bytes that are not UTF-8; Parquet and JSON cannot.
-    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return Part(path, name, name.rsplit("/", 1)[-1].rsplit(".", 1)[0], size, stamp)
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
-def _parent(name: str) -> str:
-    return name.rsplit("/", 1)[0] if "/" in name else "."
-
-
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -226,7 +66,7 @@ def read_header(item: Item, options: Options) -> list[Header]:
                 headers.append(_header(file))
         except (soundfile.SoundFileError, OSError) as error:
             raise Rejected(_unreadable(part, error)) from None
-    _check(headers, item, options)
+    _check(headers, [part.stem for part in item.parts], options)
     return headers
 
 
@@ -242,26 +82,51 @@ def read_bytes(part: Part) -> bytes:
         raise Rejected(_unreadable(part, error)) from None
 
 
+def is_midi(item: Item) -> bool:
+    return any(suffix(part.name) in MIDI_SUFFIXES for part in item.parts)
+
+
+def stem_names(item: Item) -> tuple[str, ...]:
+    """The stems that an item has; of a MIDI file its instruments, so that it is read for them."""
+    if item.song >= 0:
+        from bgray.band import PROGRAMS
+
+        return tuple(PROGRAMS.values())
+    if not is_midi(item):
+        return tuple(part.stem for part in item.parts)
+    from bgray import rendering
+
+    try:
+        return rendering.instruments(read_bytes(item.parts[0]))
+    except ValueError as error:
+        raise Rejected(str(error)) from None
+
+
 def read_clip(item: Item, options: Options, stems: Sequence[str]) -> Clip:
-    """The whole item: `audio`, `stems` and the shifted variants. Rejected if it cannot be used."""
+    """The whole item: `audio`, `stems`, variants; or `roll`. Rejected if it cannot be used."""
+    if options.kind == "roll":
+        return _roll(item, options)
     if item.song >= 0:
         return _song(item.song, options, stems)
-    content, headers, parts = hashlib.sha256(), [], {}
+    content, headers, sounds = hashlib.sha256(), [], []
     for part in item.parts:
         data = read_bytes(part)
         content.update(data)
-        header, parts[part.stem] = _decode(data, part)
-        headers.append(header)
-    _check(headers, item, options)
-    for stem, audio in parts.items():
+        played = _play(data, options) if is_midi(item) else [(part.stem, *_decode(data, part))]
+        for stem, header, audio in played:
+            headers.append(header)
+            sounds.append((stem, audio))
+    _check(headers, [stem for stem, _ in sounds], options)
+    length = max(audio.shape[1] for _, audio in sounds)
+    rate, parts = headers[0].sample_rate, {}
+    for stem, audio in sounds:
         where = f" in {stem}" if options.stems else ""
         if not np.isfinite(audio).all():
             raise Rejected("holds NaN or Inf" + where)
         if (peak := float(np.abs(audio).max())) > LARGEST_PEAK:
             raise Rejected(f"peak {peak:g}{where}: not on a full scale of 1.0")
-    length = max(audio.shape[1] for audio in parts.values())
-    rate = headers[0].sample_rate
-    parts = {s: _convert(_pad(a, length), rate, options) for s, a in parts.items()}  # (C, T)
+        audio = _convert(_pad(audio, length), rate, options)  # (C, T)
+        parts[stem] = parts[stem] + audio if stem in parts else audio
     muted = ()
     if options.stems:
         parts = {
@@ -273,6 +138,42 @@ def read_clip(item: Item, options: Options, stems: Sequence[str]) -> Clip:
         audio = parts.popitem()[1]
     voices, gain_db = _voices(audio, parts, options)
     return Clip(voices, rate, headers[0].channels, content.hexdigest(), gain_db, muted)
+
+
+def _roll(item: Item, options: Options) -> Clip:
+    if item.song >= 0:
+        from bgray import band
+
+        # What band.song would return, without a note being played.
+        rng = np.random.default_rng([options.seed, item.song])
+        score = band.compose(rng, options.seconds, tuple(band.PROGRAMS))
+        whole = band.piano_roll(score.notes, score.tempo_bpm, score.seconds).T
+        content, way_out = hashlib.sha256(whole.tobytes()), "; give more --seconds"
+    else:
+        data = read_bytes(item.parts[0])
+        content, way_out = hashlib.sha256(data), ""
+        try:
+            whole = midi.read_roll(data)
+        except ValueError as error:
+            raise Rejected(str(error)) from None
+    roll = midi.trim(whole)  # (P, T)
+    if roll.shape[1] < PIECE:
+        raise Rejected(f"{roll.shape[1]} steps, shorter than a piece of {PIECE}{way_out}")
+    return Clip({"roll": roll}, ROLL_RATE, ROLL_CHANNELS, content.hexdigest(), 0.0)
+
+
+def _play(data: bytes, options: Options) -> list[tuple[str, Header, np.ndarray]]:
+    from bgray import rendering
+
+    try:
+        stems = rendering.render(data, options.soundfont, options.sample_rate)
+    except ConfigError:  # a ValueError too, but no fault of this file
+        raise
+    except ValueError as error:
+        raise Rejected(str(error)) from None
+    return [
+        (stem, Header(options.sample_rate, *audio.shape), audio) for stem, audio in stems.items()
+    ]
 
 
 def _song(index: int, options: Options, stems: Sequence[str]) -> Clip:
@@ -300,8 +201,11 @@ def _voices(
     if np.abs(audio).max() < SILENCE:
         raise Rejected("silent (peak below -80 dB of full scale)")
     voices = {"audio": audio, **stems}
-    for by in options.shifts:
-        voices[f"shift_{by:g}"] = pitch_shift(audio, by, options.sample_rate)
+    for name, how in options.variants.items():
+        by = how["semitones"]
+        voices[name] = pitch_shift(audio, by, options.sample_rate)
+        if "round_trip" in how:
+            voices[name] = pitch_shift(voices[name], -by, options.sample_rate)
     peak = max(float(np.abs(voice).max()) for voice in voices.values())
     if peak <= 1:
         return voices, 0.0
@@ -341,7 +245,7 @@ def _header(file: soundfile.SoundFile) -> Header:
     return Header(file.samplerate, file.channels, file.frames)
 
 
-def _check(headers: list[Header], item: Item, options: Options) -> None:
+def _check(headers: list[Header], stems: list[str], options: Options) -> None:
     for header in headers:
         if header.frames <= 0:
             raise Rejected("empty")
@@ -359,7 +263,7 @@ def _check(headers: list[Header], item: Item, options: Options) -> None:
         raise Rejected(f"its stems differ in sample rate: {', '.join(map(str, rates))} Hz")
     lengths = [header.frames / rates[0] for header in headers]
     if max(lengths) - min(lengths) > LARGEST_STEM_DIFFERENCE_SECONDS:
-        by_length = sorted(zip(lengths, (part.stem for part in item.parts), strict=True))
+        by_length = sorted(zip(lengths, stems, strict=True))
         (low, short), (high, long) = by_length[0], by_length[-1]
         raise Rejected(f"its stems differ in length: {short} {low:.2f} s, {long} {high:.2f} s")
     if max(lengths) < options.min_seconds:

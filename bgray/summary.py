@@ -8,15 +8,10 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from bgray.build import build_loss, build_model, build_task, meta_model, parameter_count
 from bgray.config import Experiment, Sweep
 from bgray.console import MARKS, Board, duration, time_to_10k
-from bgray.experiment import (
-    build_loss,
-    build_model,
-    build_task,
-    meta_model,
-    parameter_count,
-)
+from bgray.loop import split_extras
 from bgray.records import read_info
 from bgray.search import Trial
 
@@ -76,13 +71,13 @@ def forecast(
 
 def seconds_per_example(experiment: Experiment) -> float:
     """Forward, loss and backward of one training example; the best of a few, the first warms up."""
-    model, loss = build_model(experiment), build_loss(experiment)
+    model, loss = build_model(experiment), build_loss(experiment, rehearsal=True)
     seconds, began = math.inf, time.perf_counter()
     while time.perf_counter() - began < 2 and seconds > 0.05:
         start = time.perf_counter()
         noise = 0.1 * torch.randn(1, experiment.data.channels, experiment.data.segment)
-        estimate = model(noise)
-        loss(estimate, torch.zeros_like(estimate))[0].backward()
+        estimate, extras = split_extras(model(noise))
+        loss(estimate, torch.zeros_like(estimate), extras)[0].backward()
         seconds = min(seconds, time.perf_counter() - start)
     return seconds
 

@@ -128,8 +128,9 @@ def train_local(experiment: Experiment) -> None:
 
 def board_of(experiment: Experiment):
     """The console of a single run."""
+    from bgray.build import build_task
     from bgray.console import Board, Row
-    from bgray.experiment import build_task, identity, run_url
+    from bgray.experiment import identity, run_url
 
     metric = next(iter(build_task(experiment).scores))
     row = Row(identity(experiment), experiment.name, run_url(experiment), experiment.train.steps)

@@ -2,30 +2,27 @@
 its folder."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
-from bgray import checkpoint, data, probes, storage
-from bgray.config import ConfigError, Experiment
-from bgray.context import Context, set_numerics
-from bgray.evaluation import Evaluator
-from bgray.experiment import (
-    Prepared,
+from bgray import checkpoint, data, probes, ranks, storage
+from bgray.build import (
     build_loss,
     build_model,
     build_optimizer,
-    build_recipe,
     build_schedule,
-    data_hash,
     num_parameters,
-    run_url,
 )
-from bgray.loop import Every, NotFinite, State, fit
+from bgray.config import Experiment
+from bgray.context import Context, set_numerics
+from bgray.evaluation import Evaluator, means
+from bgray.experiment import Prepared, build_recipe, data_hash, run_url
+from bgray.loop import Every, NotFinite, State, fit, split_extras
+from bgray.losses import LossSum
+from bgray.observe import observe_inputs
 from bgray.optim import describe_groups
 from bgray.prefetch import Prefetched
 from bgray.records import (
@@ -41,6 +38,8 @@ from bgray.records import (
     reason,
 )
 
+FAR_APART = 30
+"""Times that one weighted part of the loss may outweigh another without a warning."""
 OUT_OF_MEMORY = "out of GPU memory: lower train.batch_size, or raise runtime.gpus if it shares one"
 
 
@@ -74,6 +73,7 @@ def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> d
     torch.manual_seed(experiment.train.seed)
     model = build_model(experiment).to(context.device)
     optimizer = build_optimizer(experiment, model)
+    loss = build_loss(experiment).to(context.device)
     run = Run(url, experiment, data_hash(experiment)) if context.rank == 0 else None
     saved = checkpoint.load(url)  # on the CPU: a second copy in VRAM would count as the trial's own
     state, clock = State(), probes.Clock(context.device)
@@ -82,11 +82,14 @@ def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> d
         optimizer.load_state_dict(saved["optimizer"])
         sums = {name: value.to(context.device) for name, value in saved["sums"].items()}
         state = State(saved["step"], sums, saved["count"])
+        loss.restore(saved["loss"])
         clock.restore(saved["clock"])
         del saved
+    else:
+        observe_inputs(experiment, prepared, model, context.device)
     if context.world > 1:
-        _agree_on_start(state.step, url)
-    session = _Session(experiment, prepared, context, url, run, model, optimizer, clock)
+        ranks.agree_on_start(state.step, url)
+    session = _Session(experiment, prepared, context, url, run, model, loss, optimizer, clock)
     try:
         session.begin(state)
         session.replay()
@@ -101,27 +104,30 @@ def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> d
 class _Session:
     """The callbacks that `fit` gets: what they share."""
 
-    def __init__(self, experiment, prepared, context, url, run, model, optimizer, clock):
+    def __init__(self, experiment, prepared, context, url, run, model, loss, optimizer, clock):
         self.experiment: Experiment = experiment
         self.prepared: Prepared = prepared
         self.context: Context = context
         self.url: str = url
         self.run: Run | None = run
         self.model: nn.Module = model
+        self.loss: LossSum = loss
         self.optimizer: torch.optim.Optimizer = optimizer
+        self.schedule: Any = build_schedule(experiment)
         self.clock: probes.Clock = clock
         self.evaluator = Evaluator(experiment, prepared, context, url)
         self.earlier: list[tuple[int, dict[str, Any]]] = []
         """Evaluations of an earlier try, up to the checkpoint that this one goes on from."""
         self.latest: dict[str, Any] = {}
         self.compiled = "no"
+        self.said_of_parts = False
 
     # --- beginning and end ---
 
     def begin(self, state: State) -> None:
         self.earlier = [(s, m) for s, m in evaluations(self.url) if s <= state.step]
-        if self.earlier:
-            self.latest = self.earlier[-1][1]
+        for _, metrics in self.earlier:
+            self._learn(metrics)
         baseline = self.evaluator.baseline()
         if self.run is None:
             return
@@ -137,7 +143,7 @@ class _Session:
             manifest_hash=self.prepared.manifest.hash,
             validation=self.evaluator.hash,
             validation_items=self.evaluator.num_items,
-            baseline={name: float(np.mean(values)) for name, values in baseline.items()},
+            baseline=means(baseline),
             baseline_items=baseline,
             seed=self.experiment.train.seed,
             device=str(self.context.device),
@@ -214,7 +220,7 @@ class _Session:
         ) as batches:
             return fit(
                 self._wrapped(),
-                build_loss(experiment).to(context.device),
+                self.loss,
                 self.optimizer,
                 batches,
                 steps=train.steps,
@@ -223,36 +229,30 @@ class _Session:
                 evaluate=self._evaluate,
                 save=self._save,
                 every=every,
-                schedule=build_schedule(experiment),
+                schedule=self.schedule.scale,
                 device=context.device,
                 bf16=train.precision == "bf16",
                 grad_clip=train.grad_clip,
                 seed=train.seed,
                 rank=context.rank,
                 clock=self.clock,
-                stop=self._stop_together() if context.world > 1 else context.stop,
-                average=_average_over_ranks if context.world > 1 else lambda values: values,
-                earliest=_least_over_ranks if context.world > 1 else lambda step: step,
+                full_scale=self.evaluator.task.full_scale,
+                **self._among_ranks(),
             )
 
-    def _stop_together(self) -> Callable[[], bool]:
-        """Ranks must leave at the same step, so they ask each other, every `log_every` steps."""
-        asked = 0
-
-        def stop() -> bool:
-            nonlocal asked
-            asked += 1
-            if asked % self.experiment.runtime.log_every:
-                return False
-            flag = torch.tensor(float(self.context.stop()), device=self.context.device)
-            return bool(_average_over_ranks(flag).item() > 0)
-
-        return stop
+    def _among_ranks(self) -> dict[str, Any]:
+        context = self.context
+        if context.world == 1:
+            return {"stop": context.stop}
+        every = self.experiment.runtime.log_every
+        stop = ranks.stop_together(context.stop, every, context.device)
+        return {"stop": stop, "average": ranks.average, "earliest": ranks.least}
 
     def _wrapped(self) -> nn.Module:
         model: Any = self.model
         if self.experiment.runtime.compile:
-            model = torch.compile(model)
+            # Transforms to and from spectra stay outside: compiled, they break at other lengths.
+            getattr(model, "core", model).compile()
             self.compiled = "default"
         if self.context.world > 1:
             devices = [self.context.device] if self.context.device.type == "cuda" else None
@@ -292,6 +292,9 @@ class _Session:
                 text += ", or set runtime.feed=process)"
         else:
             text += f": a work unit takes longer than that, or {self.prepared.url} does not answer"
+        self._warn(text)
+
+    def _warn(self, text: str) -> None:
         self.context.warn(text)
         if self.run is not None:
             self.run.update(warnings=[*self.run.info.get("warnings", []), text][-20:])
@@ -310,8 +313,33 @@ class _Session:
             else:
                 self.run.append(METRICS, {"step": step, "val": values})
                 self.run.flush()
+        if kind == "train":
+            self._compare_parts(step, values)
         if kind == "validation":
-            self.latest = {"step": step, **values}
+            self._learn({"step": step, **values})
+
+    def _learn(self, metrics: dict[str, Any]) -> None:
+        """Of an evaluation, this try's or an earlier one's."""
+        self.latest = metrics
+        if hasattr(self.schedule, "observe"):
+            scores = self.evaluator.task.scores
+            metric = self.schedule.metric or next(iter(scores))
+            self.schedule.observe(metrics[metric], scores[metric])
+
+    def _compare_parts(self, step: int, values: dict[str, Any]) -> None:
+        """Says once when one part of the loss outweighs another: the small one hardly trains."""
+        parts = {
+            name: abs(pick.options["weight"] * values[f"loss_{name}"])
+            for name, pick in self.experiment.loss.items()
+        }
+        large, small = max(parts, key=parts.__getitem__), min(parts, key=parts.__getitem__)
+        if self.run is None or self.said_of_parts or parts[large] < FAR_APART * parts[small]:
+            return
+        self.said_of_parts = True
+        self._warn(
+            f"loss parts far apart at step {step}: {large} is {parts[large]:.3g}, {small} "
+            f"{parts[small]:.3g} (weighted): the smaller one hardly counts"
+        )
 
     def _save(self, state: State) -> None:
         if self.run is None:
@@ -323,6 +351,7 @@ class _Session:
             {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
+                "loss": self.loss.progress(),
                 "step": state.step,
                 "sums": state.sums,
                 "count": state.count,
@@ -342,12 +371,12 @@ class _Session:
                 if bf16
                 else contextlib.nullcontext()
             ):
-                return self.model(inputs).float()
+                return split_extras(self.model(inputs))[0].float()
 
         scores = self.evaluator.scores(estimate, f"step-{step:06d}")
         if self.run is not None:
             self.run.append(ITEMS, {"step": step, **scores})
-        return {name: float(np.mean(values)) for name, values in scores.items()}
+        return means(scores)
 
 
 def evaluations(url: str) -> list[tuple[int, dict[str, Any]]]:
@@ -356,26 +385,3 @@ def evaluations(url: str) -> list[tuple[int, dict[str, Any]]]:
     return [
         (line["step"], {"step": line["step"], **line["val"]}) for line in lines if "val" in line
     ]
-
-
-def _agree_on_start(step: int, url: str) -> None:
-    """Ranks that see different checkpoints would train different steps, or wait for ever."""
-    steps: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(steps, step)
-    if len(set(steps)) > 1:
-        raise ConfigError(
-            url,
-            [("", f"the workers find checkpoints of different steps there ({steps}): it must be "
-                  "a folder that all machines share; set runtime.results to one, or to s3://")],
-        )  # fmt: skip
-
-
-def _least_over_ranks(value: Tensor) -> Tensor:
-    least = value.clone()
-    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-    return least
-
-
-def _average_over_ranks(values: Tensor) -> Tensor:
-    torch.distributed.all_reduce(values)
-    return values / torch.distributed.get_world_size()

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+import torch
+import torchaudio
 
 from bgray.augment import AUGMENTS
 from bgray.augment.gain import Gain
+from bgray.augment.low_pass import band_limit, low_pass, reach
 from bgray.augment.pitch_shift import pitch_shift
 from bgray.augment.polarity import Polarity
 from bgray.config import resolve_options
@@ -66,6 +69,67 @@ def test_a_shift_keeps_stereo_channels_apart():
     shifted = pitch_shift(np.concatenate([left, right]), 12, RATE)
     assert strongest_hz(shifted[0]) == pytest.approx(880, abs=1.5)
     assert np.abs(shifted[1]).max() < 1e-6
+
+
+def gain_db(filtered, hz):
+    """Of a tone, in the middle of a second: the ends are the filter's onset."""
+    middle = slice(RATE // 4, 3 * RATE // 4)
+    return rms_db(filtered(tone(hz))[:, middle]) - rms_db(tone(hz)[:, middle])
+
+
+@pytest.mark.parametrize("passes", [1, 6, 10, 20])
+def test_each_pass_of_a_low_pass_is_3_db_down_at_its_cutoff(passes):
+    def filtered(audio):
+        return low_pass(audio, 12000, RATE, passes)
+
+    assert gain_db(filtered, 12000) == pytest.approx(-3.01 * passes, abs=0.02 * passes)
+    # Butterworth through the bilinear transform: 1 / (1 + (tan(w/2) / tan(wc/2))^4)
+    for hz in (3000, 6000, 13000):
+        power = 1 / (1 + (np.tan(np.pi * hz / RATE) / np.tan(np.pi / 4)) ** 4)
+        assert gain_db(filtered, hz) == pytest.approx(passes * 10 * np.log10(power), abs=0.1)
+
+
+@pytest.mark.parametrize("cutoff_hz", [400, 6000, 12000, 22653.9])
+def test_low_passes_are_torchaudios_one_after_the_other(cutoff_hz):
+    noise = 0.1 * np.random.default_rng(0).standard_normal((2, 4000)).astype(np.float32)
+    expected = torch.from_numpy(noise).double()
+    for _ in range(6):
+        expected = torchaudio.functional.lowpass_biquad(expected, RATE, cutoff_hz)
+    found = low_pass(noise, cutoff_hz, RATE, passes=6)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, torch.Tensor.numpy(expected), atol=1e-7)
+
+
+def test_ten_passes_at_half_of_nyquist_delay_by_7_samples():
+    impulse = np.zeros((1, 1000), np.float32)
+    impulse[0, 100] = 1
+    response = low_pass(impulse, 12000, RATE, 10)[0].astype(np.float64)
+    assert (response * np.arange(1000)).sum() / response.sum() == pytest.approx(107.07, abs=0.01)
+
+
+def test_a_band_limit_removes_all_above_its_cutoff_and_nothing_below():
+    def limited(audio):
+        return band_limit(audio, 12000, RATE)
+
+    assert all(abs(gain_db(limited, hz)) < 0.01 for hz in (20, 1000, 8000, 11500))
+    assert all(gain_db(limited, hz) < -75 for hz in (12010, 13000, 18000, 23900))
+
+
+def test_a_band_limit_delays_nothing_and_reaches_as_far_as_it_says():
+    impulse = np.zeros((2, 2001), np.float32)
+    impulse[0, 1000] = 1
+    response = band_limit(impulse, 12000, RATE)
+    np.testing.assert_allclose(response[0], response[0, ::-1], atol=1e-7)
+    assert not np.abs(response[1]).any()
+    far = np.flatnonzero(np.abs(response[0]) > 1e-6)
+    assert far.max() - 1000 <= reach(12000, RATE) <= far.max() - 1000 + 9
+
+
+def test_a_filter_at_nyquist_or_above_leaves_the_audio_alone():
+    audio = tone(440)
+    assert low_pass(audio, 24000, RATE, 10) is audio
+    assert band_limit(audio, 30000, RATE) is audio
+    assert reach(24000, RATE) == 0
 
 
 def test_a_gain_of_6_0206_db_doubles():

@@ -11,23 +11,30 @@ PACKAGE = Path(__file__).parent.parent / "bgray"
 LAYERS = [
     {"problems"},
     {"document"},
-    {"config", "storage", "band", "metrics", "probes", "optim", "augment", "losses", "models"},
-    {"cluster", "records", "shards", "sources", "plan", "ingest", "shards_command", "checkpoint"},
+    {"config", "storage", "band", "metrics", "probes", "instruments"},
+    {"schedules", "midi", "rendering", "bss", "boxplot", "encoding"},
+    {"optim", "augment", "losses", "models"},
+    {"cluster", "records", "shards", "sources", "layouts", "plan", "ingest", "shards_command"},
+    {"checkpoint", "tracks"},
     {"console", "data", "resources"},
     {"tasks"},
-    {"loop", "experiment", "prefetch"},
-    {"context"},
+    {"build"},
+    {"conflicts", "loop", "ranks", "prefetch"},
+    {"experiment"},
+    {"context", "observe"},
     {"evaluation"},
     {"trial"},
-    {"train", "search"},
+    {"train", "search", "inference"},
+    {"evaluate", "apply", "oracle", "plateau"},
     {"summary"},
     {"sweep"},
     {"bench"},
 ]
 # They hand work to Ray; `cluster` starts it. context and trial only ask a running Ray how many
 # CPUs there are.
-RAY = {"cluster", "data", "ingest", "train", "sweep", "context", "trial"}
+RAY = {"cluster", "data", "ingest", "train", "sweep", "context", "trial", "oracle", "evaluate"}
 NO_TORCH = {"config", "storage", "records", "console", "band", "shards", "sources", "plan"}
+NO_TORCH |= {"layouts", "midi", "rendering", "encoding", "instruments"}
 
 
 def modules():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from auraloss.time import SISDRLoss
 
-from bgray.metrics import sdr, si_sdr
+from bgray.metrics import sdr, si_sdr, usdr
 
 SAMPLES = 4_800
 
@@ -82,3 +82,13 @@ def test_half_precision_is_scored_in_float32():
         found = score(estimate, target)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, score(estimate.float(), target.float()))
+
+
+def test_usdr_pools_the_energy_of_all_channels():
+    loud, quiet = sine(100), sine(50, 0.1)  # 20 dB apart
+    target = torch.stack([loud, quiet])[None]  # (1, 2, T)
+    estimate = target.clone()
+    estimate[0, 1] += sine(300, 0.1)  # 0 dB in the quiet channel, 20.04 dB over both
+    assert usdr(estimate, target).item() == pytest.approx(20.043, abs=1e-3)
+    assert usdr(estimate.float(), target.float()).dtype == torch.float64
+    assert sdr(estimate, target).mean() > 60  # what a mean over channels would have said

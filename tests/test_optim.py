@@ -10,7 +10,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from bgray import optim
 from bgray.models.wav_unet import WavUNet
-from bgray.optim import Constant, WarmupStableDecay, describe_groups, orthogonalize, roles, set_lr
+from bgray.optim import describe_groups, orthogonalize, roles
+from bgray.schedules import WarmupStableDecay, set_lr
+
+HEAVYBALL = ("psgd", "soap")
 
 
 class Snake(nn.Module):
@@ -279,6 +282,60 @@ def test_the_adamw_half_of_muon_is_torch_adamw_bit_for_bit():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "reference"),
+    [
+        ("adam", {"weight_decay": 0.1}, torch.optim.Adam),
+        ("sgd", {"weight_decay": 0.1, "momentum": 0.8, "nesterov": True}, torch.optim.SGD),
+        ("sgd", {"momentum": 0.0, "nesterov": False}, torch.optim.SGD),
+    ],
+)
+def test_adam_and_sgd_are_torch_bit_for_bit(name, options, reference):
+    ours, theirs = (with_grads((6, 4), (7,)) for _ in range(2))
+    optimizers = (
+        optim.OPTIMIZERS[name](Holder(ours), lr=0.01, **options),
+        reference(theirs, lr=0.01, **options),
+    )
+    for step in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            b.grad = torch.randn(b.shape, generator=torch.Generator().manual_seed(step))
+            a.grad = b.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nesterov_without_momentum_is_the_plain_step():
+    (weight,) = with_grads((4, 6))
+    expected = weight.detach() - 0.1 * weight.grad
+    optim.sgd(Holder([weight]), lr=0.1, momentum=0.0, nesterov=True).step()
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_soap_descends_a_rotated_bowl_as_it_does_the_bowl_and_adam_does_not():
+    start = torch.linspace(-1, 1, 60).reshape(6, 10)
+    bowl = torch.diag(10.0 ** torch.arange(0, -3, -0.5))  # condition number 316
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))[0]
+
+    def losses(build, rotation):
+        weight, curvature = nn.Parameter(rotation @ start), rotation @ bowl @ rotation.T
+        optimizer = build(Holder([weight]), lr=0.01, weight_decay=0.0)
+        values = []
+        for _ in range(40):
+            loss = (weight * (curvature @ weight)).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            values.append(loss.item())
+        return torch.tensor(values)
+
+    straight, turned = losses(optim.soap, torch.eye(6)), losses(optim.soap, rotation)
+    torch.testing.assert_close(turned, straight, rtol=1e-3, atol=0)
+    straight, turned = losses(optim.adam, torch.eye(6)), losses(optim.adam, rotation)
+    assert turned[-1] < 0.5 * straight[-1]
+
+
 @pytest.mark.parametrize("name", list(optim.OPTIMIZERS))
 def test_two_hundred_steps_halve_the_loss(name):
     model = small_net()
@@ -299,6 +356,29 @@ def test_a_closure_runs_with_gradients_and_its_loss_comes_back():
     losses = [optimizer.step(closure).item() for _ in range(5)]
     assert losses[0] == 3.0
     assert losses == sorted(losses, reverse=True)
+
+
+# --- presets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", list(optim.PRESETS))
+def test_a_preset_is_what_a_config_could_say_and_builds_with_its_rates(preset):
+    from bgray.config import resolve_options
+
+    options = dict(optim.PRESETS[preset])
+    build = optim.OPTIMIZERS[options.pop("name")]
+    resolved, problems = resolve_options(build, options, "optim")
+    assert problems == []
+    optimizer = build(small_net(), **resolved)
+    rates = [row["lr"] for row in describe_groups(optimizer)]
+    assert rates == [options[key] for key in ("lr", "adamw_lr") if key in options]
+
+
+def test_the_best_rates_of_muon_are_its_defaults():
+    options = dict(optim.PRESETS["muon_best"])
+    best = optim.OPTIMIZERS[options.pop("name")](small_net(), **options)
+    default = optim.muon(small_net(), legacy_ndim=True)
+    assert describe_groups(best) == describe_groups(default)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -332,26 +412,29 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(name):
         assert torch.equal(a, b), key
 
 
-def test_a_state_dict_in_memory_is_not_changed_by_loading_and_going_on():
+@pytest.mark.parametrize("name", HEAVYBALL)
+def test_a_state_dict_in_memory_is_not_changed_by_loading_and_going_on(name):
     model = small_net()
-    optimizer = optim.psgd(model)
+    optimizer = optim.OPTIMIZERS[name](model)
     train(model, optimizer, 3)
     state = optimizer.state_dict()
     steps = dict(state["heavyball"]["inner_group"])
-    other = optim.psgd(small_net())
+    other = optim.OPTIMIZERS[name](small_net())
     other.load_state_dict(state)
     train(model, optimizer, 5)
     assert other.inner_group == state["heavyball"]["inner_group"] == steps
 
 
-def test_psgd_keeps_no_pickled_code_in_its_checkpoint():
-    model = small_net()
-    assert list(optim.psgd(model).state_dict()["heavyball"]) == ["inner_group"]
+@pytest.mark.parametrize("name", HEAVYBALL)
+def test_heavyball_keeps_no_pickled_code_in_its_checkpoint(name):
+    optimizer = optim.OPTIMIZERS[name](small_net())
+    assert list(optimizer.state_dict()["heavyball"]) == ["inner_group"]
 
 
-def test_psgd_leaves_the_global_generator_alone():
+@pytest.mark.parametrize("name", HEAVYBALL)
+def test_heavyball_leaves_the_global_generator_alone(name):
     model = small_net()
-    optimizer = optim.psgd(model)
+    optimizer = optim.OPTIMIZERS[name](model)
     torch.manual_seed(7)
     train(model, optimizer, 2)
     drawn = torch.rand(3)
@@ -359,44 +442,9 @@ def test_psgd_leaves_the_global_generator_alone():
     assert torch.equal(drawn, torch.rand(3))
 
 
-def test_heavyball_is_imported_by_nobody_but_psgd():
+def test_heavyball_is_imported_by_nobody_but_psgd_and_soap():
     code = "import sys, bgray.optim; assert 'heavyball' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# --- schedules ------------------------------------------------------------------------------------
-
-
-def test_constant_warms_up_linearly_and_stays():
-    assert [Constant(4).scale(s, 10) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert Constant().scale(0, 10) == 1
-
-
-def test_wsd_warms_up_stays_and_decays_to_final_one_past_the_last_step():
-    wsd = WarmupStableDecay(warmup_steps=2, decay_share=0.4, final=0.2)
-    scales = [wsd.scale(s, 10) for s in range(11)]
-    assert scales == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
-    assert WarmupStableDecay(decay_share=1.0).scale(5, 10) == 0.5
-    assert WarmupStableDecay(decay_share=0.0).scale(9, 10) == 1
-
-
-def test_wsd_refuses_a_warm_up_that_runs_into_the_decay():
-    with pytest.raises(
-        ValueError,
-        match=r"wsd: warmup_steps 7 and decay_share 0.4 \(= 4 steps\) must fit into 10 steps",
-    ):
-        WarmupStableDecay(warmup_steps=7, decay_share=0.4).scale(0, 10)
-
-
-def test_set_lr_scales_the_first_rate_however_often_and_after_a_resume():
-    optimizer = optim.muon(small_net(), lr=0.02)
-    for scale in (0.5, 0.1):
-        set_lr(optimizer, scale)
-    other = optim.muon(small_net(), lr=0.02)
-    other.load_state_dict(optimizer.state_dict())
-    set_lr(other, 0.5)
-    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.002, 0.0002])
-    assert [g["lr"] for g in other.param_groups] == pytest.approx([0.01, 0.001])
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -416,6 +464,8 @@ def test_set_lr_scales_the_first_rate_however_often_and_after_a_resume():
             {"legacy_ndim": True, "depthwise": "adamw"},
             "depthwise: must be 'muon' with legacy_ndim, got 'adamw'",
         ),
+        ("sgd", {"momentum": 1.0}, r"sgd:\n  momentum: must be in \[0, 1\), got 1.0"),
+        ("soap", {"precondition_frequency": 0}, r"soap:\n  .* must be in \[1, 100\), got 0"),
         (
             "psgd",
             {"lr": -1.0, "weight_decay": -0.1},
@@ -430,19 +480,6 @@ def test_an_option_out_of_range_is_named_with_its_value(name, options, text):
     assert optim.OPTIMIZERS[name].check(**options)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "options", "text"),
-    [
-        ("constant", {"warmup_steps": -1}, "constant:\n  warmup_steps: must be at least 0, got -1"),
-        ("wsd", {"decay_share": 1.5}, r"wsd:\n  decay_share: must be in \[0, 1\], got 1.5"),
-        ("wsd", {"final": -0.1}, r"final: must be in \[0, 1\], got -0.1"),
-    ],
-)
-def test_a_schedule_out_of_range_is_named_with_its_value(schedule, options, text):
-    with pytest.raises(ValueError, match=text):
-        optim.SCHEDULES[schedule](**options)
-
-
 def test_the_config_can_read_the_options_from_the_signatures():
     from bgray.config import resolve_options
 
@@ -450,5 +487,5 @@ def test_the_config_can_read_the_options_from_the_signatures():
     assert resolved["lr"] == 0.02
     assert resolved["adamw_lr"] is None
     assert problems == [("optim.momentum", "must be in [0, 1), got 2.0")]
-    for entry in (*optim.OPTIMIZERS.values(), *optim.SCHEDULES.values()):
+    for entry in optim.OPTIMIZERS.values():
         assert resolve_options(entry, {}, "x")[1] == []

@@ -108,7 +108,7 @@ def test_a_search_over_a_section_that_is_not_written_uses_its_default_name(sweep
     ("keys", "path"),
     [
         ({"metric": "val_sftf"}, "metric"),
-        ({"metric": "val_si_sdr"}, "mode"),
+        ({"metric": "val_si_sdr", "mode": "min"}, "mode"),
         ({"asha": {"grace_steps": 24}}, "asha.grace_steps"),
         ({"asha": {"grace_steps": 4}}, "validation.every"),
     ],

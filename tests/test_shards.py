@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import soundfile
 
-from bgray import ingest, plan, shards, shards_command, sources, storage
+from bgray import ingest, layouts, midi, plan, shards, shards_command, storage
+from bgray.augment.pitch_shift import pitch_shift
+from bgray.band import song as play_song
 from bgray.config import ConfigError
 from bgray.shards import Options, prepare, read_manifest
 
 RATE = 8000
 SMALL = Options(sample_rate=RATE, validation=0.25)
+ROLL = {"kind": "roll", "sample_rate": 24, "channels": 88}
 
 
 def noise(seconds, seed=0, channels=1):
@@ -135,6 +138,26 @@ def test_a_variant_is_shifted_before_it_is_cut(tmp_path):
         np.std(part) for part in np.split(shifted, 20)
     ]  # the cut leaves no fade at its edges
     assert min(loudness) > 0.9 * max(loudness)
+
+
+def test_a_round_trip_is_shifted_there_and_back_before_it_is_cut(tmp_path):
+    for i, name in enumerate(("a.wav", "b.wav")):
+        write(tmp_path / "source" / name, noise(12 + 5 * i, i) // 4)
+    options = dataclasses.replace(SMALL, shifts=(7.0,), round_trips=(7.0, -12.0))
+    manifest = prepare_here(tmp_path / "source", tmp_path / "shards", options)
+    assert list(manifest.voices) == ["audio", "shift_7", "roundtrip_7", "roundtrip_-12"]
+    assert manifest.variants["roundtrip_-12"] == {
+        "of": "audio",
+        "semitones": -12.0,
+        "round_trip": True,
+    }
+    rows = [row for row in all_rows(tmp_path / "shards", manifest) if row.key == "b.wav"]
+    rows.sort(key=lambda row: row.start)
+    for by in (7, -12):
+        whole = (noise(17, 1) // 4).T.astype(np.float32) / 32768
+        expected = pitch_shift(pitch_shift(whole, by, RATE), -by, RATE)
+        found = [shards.decode_voice(row, f"roundtrip_{by}") for row in rows]
+        np.testing.assert_allclose(np.concatenate(found, axis=1), 32768 * expected, atol=0.51)
 
 
 def test_every_row_group_holds_its_share_of_every_long_file(tmp_path):
@@ -375,7 +398,7 @@ def test_a_share_of_zero_says_which_option_and_a_lone_file_only_asks_for_more(tm
 
 
 def test_shards_have_96_mb_but_there_are_16_of_at_least_a_row_group():
-    items = [sources.Item(f"{i}", f"{i}", (), i) for i in range(1000)]
+    items = [layouts.Item(f"{i}", f"{i}", (), i) for i in range(1000)]
 
     def largest(**options):
         jobs = plan.make_plan(items, {}, "", Options(**options)).jobs
@@ -533,6 +556,27 @@ def test_files_that_are_not_audio_are_counted(source, tmp_path):
     (source / "cover.jpg").touch()
     (source / "a/notes.txt").touch()
     assert prepare_here(source, tmp_path / "shards").ignored == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "text"),
+    [
+        ({"round_trips": (0.0,)}, "round trip", "must be -24 to 24, not 0, each once, got (0.0,)"),
+        ({"round_trips": (5.0, 5.0)}, "round trip", "must be -24 to 24, not 0, each once"),
+        ({"kind": "rolls"}, "kind", "must be audio or roll, got 'rolls'"),
+        ({"kind": "roll", "channels": 88}, "sample_rate", "must be 24 to 24, got 48000"),
+        ({"kind": "roll", "sample_rate": 24}, "channels", "must be 88 to 88, got 1"),
+        ({**ROLL, "shifts": (12.0,)}, "shifts", "is about sound; piano rolls have none"),
+        ({**ROLL, "stems": True}, "stems", "is about sound; piano rolls have none"),
+        ({"sample_rate": 24}, "sample_rate", "must be 1000 to 655350, got 24"),
+    ],
+)
+def test_an_option_that_does_not_fit_its_kind_is_named(options, name, text):
+    with pytest.raises(ConfigError) as error:
+        Options(**options)
+    ((path, found),) = error.value.problems
+    assert path == name
+    assert found.startswith(text)
 
 
 def test_bad_options_are_all_named_at_once():
@@ -747,6 +791,132 @@ def test_stems_of_slightly_different_length_are_padded(tmp_path):
     write(tmp_path / "source/one/bass.wav", noise(12.05, 9))
     manifest = prepare_here(tmp_path / "source", tmp_path / "shards", STEMS)
     assert [file["seconds"] for file in manifest.files] == [12.05, 12.0]
+
+
+# --- piano rolls ----------------------------------------------------------------------------------
+
+ROLLS = Options(**ROLL, validation=0.34, max_rejected=0.5, seconds=96.0, songs=6)
+
+
+def roll(steps, seed):
+    """(88, T) that begins and ends with a note."""
+    rng = np.random.default_rng(seed)
+    notes = (rng.random((88, steps)) < 0.03).astype(np.uint8)
+    notes[40, [0, -1]] = 1
+    return notes
+
+
+@pytest.fixture
+def scores(tmp_path):
+    """Three MIDI files of 1, 2 and 3 pieces and a rest each."""
+    rolls = {f"{i}.mid": roll(1920 * i + 100, i) for i in (1, 2, 3)}
+    (tmp_path / "scores").mkdir()
+    for name, notes in rolls.items():
+        (tmp_path / "scores" / name).write_bytes(midi.write_midi(notes))
+    return rolls
+
+
+def test_a_file_becomes_its_whole_pieces_in_order_and_the_rest_is_dropped(scores, tmp_path):
+    manifest = prepare_here(tmp_path / "scores", tmp_path / "shards", ROLLS)
+    assert manifest.voices == {"roll": "packed-bits"}
+    assert (manifest.kind, manifest.sample_rate, manifest.channels) == ("roll", 24, 88)
+    assert manifest.chunk_seconds * manifest.sample_rate == 1920
+    rows = {(row.key, row.start): row for row in all_rows(tmp_path / "shards", manifest)}
+    assert sorted(rows) == [(f"{i}.mid", 1920 * j) for i in (1, 2, 3) for j in range(i)]
+    for (key, start), row in rows.items():
+        found = shards.decode_voice(row, "roll")
+        assert (found.dtype, found.shape, row.frames) == (np.int16, (88, 1920), 1920)
+        np.testing.assert_array_equal(found, scores[key][:, start : start + 1920])
+    assert shards.verify(str(tmp_path / "shards")) == []
+
+
+def test_the_density_is_the_error_of_predicting_silence(scores, tmp_path):
+    manifest = prepare_here(tmp_path / "scores", tmp_path / "shards", ROLLS)
+    for split in ("train", "validation"):
+        pieces = [
+            shards.decode_voice(row, "roll")
+            for row in all_rows(tmp_path / "shards", manifest, split)
+        ]
+        assert manifest.density(split) == pytest.approx(np.mean(np.square(pieces)))
+
+
+@pytest.mark.usefixtures("scores")
+def test_what_makes_no_roll_is_named_and_a_copy_is_kept_once(tmp_path):
+    there = tmp_path / "scores"
+    (there / "broken.mid").write_bytes((there / "1.mid").read_bytes()[:400])
+    (there / "copy.MIDI").write_bytes((there / "2.mid").read_bytes())
+    (there / "empty.mid").touch()
+    (there / "short.mid").write_bytes(midi.write_midi(roll(1919, 9)))
+    (there / "notes.txt").touch()
+    manifest = prepare_here(there, tmp_path / "shards", ROLLS)
+    assert [file["key"] for file in manifest.files] == ["1.mid", "2.mid", "3.mid"]
+    assert {row.key for row in all_rows(tmp_path / "shards", manifest)} == {
+        "1.mid",
+        "2.mid",
+        "3.mid",
+    }
+    assert manifest.rejected == [
+        {"path": "broken.mid", "reason": "no MIDI file: it ends too early"},
+        {"path": "empty.mid", "reason": "empty (0 bytes)"},
+        {"path": "short.mid", "reason": "1919 steps, shorter than a piece of 1920"},
+    ]
+    assert manifest.duplicates == [{"path": "copy.MIDI", "reason": "same content as 2.mid"}]
+    assert manifest.ignored == 1
+
+
+def test_a_folder_without_midi_says_what_is_there_instead(source, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"no MIDI found \(looked for .mid, .midi\); there: 8 .wav"
+    ):
+        prepare_here(source, tmp_path / "shards", ROLLS)
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores/a.mid").touch()
+    with pytest.raises(ConfigError, match="for MIDI files give --rolls or --stems"):
+        prepare_here(tmp_path / "scores", tmp_path / "shards")
+
+
+def test_built_in_rolls_are_the_notes_of_the_built_in_songs(tmp_path):
+    manifest = prepare("builtin", str(tmp_path / "shards"), ROLLS, workers=0)
+    rows = list(all_rows(tmp_path / "shards", manifest))
+    assert len(rows) > len(manifest.files) == 6
+    first = [row for row in rows if row.key == "song-00002"]
+    played = midi.trim(play_song(0, 2, seconds=96.0, sample_rate=16000).roll.T)
+    assert len(first) == played.shape[1] // 1920
+    for row in first:
+        expected = played[:, row.start : row.start + 1920]
+        np.testing.assert_array_equal(shards.decode_voice(row, "roll"), expected)
+
+
+def test_songs_too_short_for_a_piece_say_so(tmp_path):
+    options = dataclasses.replace(ROLLS, seconds=20.0)
+    with pytest.raises(ConfigError, match="steps, shorter than a piece of 1920; give more --seco"):
+        prepare("builtin", str(tmp_path / "shards"), options, workers=0)
+
+
+@pytest.mark.usefixtures("scores")
+def test_the_command_line_writes_rolls_and_counts_beats(tmp_path, capsys):
+    folder = str(tmp_path / "shards")
+    arguments = [str(tmp_path / "scores"), folder, "--rolls", "--validation", "0.34"]
+    shards_command.main([*arguments, "--workers", "0"])
+    out = capsys.readouterr().out
+    manifest = read_manifest(folder)
+    assert "split\tfiles\tgroups\tbeats\tchunks" in out
+    beats = [line.split("\t")[3] for line in out.splitlines()[1:3]]
+    assert [float(b) for b in beats] == [80 * manifest.rows(s) for s in ("train", "validation")]
+    assert f"predicting silence): train {manifest.density('train'):.4f}, validation" in out
+    assert "resampled" not in out
+
+
+@pytest.mark.usefixtures("scores")
+def test_a_corrupt_roll_names_shard_row_group_and_chunk(tmp_path):
+    manifest = prepare_here(tmp_path / "scores", tmp_path / "shards", ROLLS)
+    path = tmp_path / "shards" / manifest.shards[0].name
+    first = shards.read_row_group(str(tmp_path / "shards"), path.name, 0)[0]
+    spoil(path, path.read_bytes().find(first.voices["roll"]) + 500, 20)
+    row = shards.read_row_group(str(tmp_path / "shards"), path.name, 0)[0]
+    with pytest.raises(ConfigError, match=f"chunk {row.key} @{row.start}, voice roll: corrupt"):
+        shards.decode_voice(row, "roll")
+    assert shards.verify(str(tmp_path / "shards")) != []
 
 
 # --- built-in music -------------------------------------------------------------------------------
@@ -995,6 +1165,13 @@ def test_the_command_line_sums_up_and_lists(source, tmp_path, capsys):
     with pytest.raises(SystemExit):
         shards_command.main(["--list", str(tmp_path)])
     assert f"make them with: python -m bgray.shards SOURCE {tmp_path}" in capsys.readouterr().err
+
+
+def test_shifts_and_round_trips_may_be_given_together_or_one_by_one(source, tmp_path, capsys):
+    arguments = [str(source), str(tmp_path / "shards"), "--sample-rate", "8000", "--workers", "0"]
+    arguments += ["--round-trip", "12", "--shift", "7", "-5", "--round-trip", "-3"]
+    shards_command.main(arguments)
+    assert "voices: audio, shift_7, shift_-5, roundtrip_12, roundtrip_-3" in capsys.readouterr().out
 
 
 def test_an_interrupted_command_says_how_to_go_on(source, tmp_path, monkeypatch, capsys):

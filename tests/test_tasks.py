@@ -1,9 +1,15 @@
+import inspect
+import io
+
 import numpy as np
 import pytest
+import soundfile
 import torch
 
+from bgray.augment.low_pass import band_limit
 from bgray.augment.pitch_shift import pitch_shift
-from bgray.data import Chunk
+from bgray.config import resolve_options
+from bgray.data import Chunk, public
 from bgray.metrics import si_sdr
 from bgray.shards import Row, encode_flac
 from bgray.tasks import TASKS, Unshift
@@ -101,11 +107,136 @@ def test_the_scorer_rates_a_perfect_estimate_best_and_a_shifted_one_below_it():
     )
 
 
-def test_every_task_names_its_scores_in_the_order_and_with_the_names_of_its_scorer():
-    for name, entry in TASKS.items():
-        task = entry()
-        x = torch.full((1, len(task.sources), 1, 8192), 0.1)
-        assert list(task.scorer(RATE)(x, x)) == list(task.scores), name
+def test_of_several_shifts_each_example_draws_one_and_validation_takes_the_last():
+    ramp = np.arange(4000, dtype=np.int16)[None]
+    source = chunk(audio=ramp, shift_8=ramp + 8000, shift_10=ramp + 10_000, shift_12=ramp + 12_000)
+    task = Unshift(semitones=(8.0, 10.0, 12.0))
+    assert task.shifts == (8.0, 10.0, 12.0)
+    assert task.voices == ("audio", "shift_8", "shift_10", "shift_12")
+    differences = []
+    for seed in range(60):
+        x, y = task.example([source], 0, np.random.default_rng(seed), 100)
+        differences.append(int(x[0, 0]) - int(y[0, 0, 0]))
+    assert set(differences) == {8000, 10_000, 12_000}
+    assert min(map(differences.count, set(differences))) > 10
+    x, y = task.example([source], 0, None, 100)
+    assert x[0, 0] - y[0, 0, 0] == 12_000
+
+
+def test_what_is_drawn_in_training_alone_is_no_part_of_what_validation_compares():
+    one, several = Unshift(semitones=12.0), Unshift(semitones=(8.0, 12.0))
+    assert public(one) == public(several)
+    assert public(one) != public(Unshift(semitones=(12.0, 8.0)))
+    assert public(one) != public(Unshift(band_limit_target=True))
+
+
+def noise(seconds=2.0):
+    return np.random.default_rng(0).integers(-8000, 8000, (1, round(seconds * RATE)), np.int16)
+
+
+def band_db(audio, low_hz, high_hz):
+    """Energy of (T,) between two frequencies."""
+    power = np.abs(np.fft.rfft(audio * np.hanning(len(audio)))) ** 2
+    return 10 * np.log10(
+        power[round(low_hz * len(audio) / RATE) : round(high_hz * len(audio) / RATE)].sum()
+    )
+
+
+@pytest.mark.parametrize("how", ["prepared", "on_the_fly"])
+def test_a_band_limited_target_lacks_the_octave_that_the_shift_lost_and_nothing_else(how):
+    source = chunk(audio=noise(), shift_12=noise())
+    plain, limited = (
+        Unshift(shift=how, band_limit_target=limit).example([source], 0, None, 8000)
+        for limit in (False, True)
+    )
+    np.testing.assert_array_equal(plain[0], limited[0])
+    before, after = plain[1][0, 0].astype(float), limited[1][0, 0].astype(float)
+    assert band_db(before, 2010, 4000) - band_db(after, 2010, 4000) > 60
+    # The crop's edges are as good as its middle, and below nothing is delayed.
+    whole = band_limit(noise().astype(np.float32), 2000, RATE)[0]
+    np.testing.assert_allclose(after, whole[4000:12000], atol=0.6)
+    low = slice(0, round(1900 * 8000 / RATE))
+    difference = np.abs(np.fft.rfft((after - before) * np.hanning(8000)))[low]
+    assert difference.max() < 1e-3 * np.abs(np.fft.rfft(before * np.hanning(8000)))[low].max()
+
+
+def test_a_target_stays_whole_where_the_shift_went_down():
+    source = chunk(audio=noise())
+    task = Unshift(semitones=(12.0, -12.0), shift="on_the_fly", band_limit_target=True)
+    target = task.example([source], 0, None, 4000)[1]
+    np.testing.assert_array_equal(target[0], noise()[:, 6000:10000])
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"semitones": 25}, ("task.semitones", "must be within 24 of 0 and not 0, got 25")),
+        ({"semitones": [8, 0]}, ("task.semitones", "must be within 24 of 0 and not 0, got 0")),
+        ({"semitones": []}, ("task.semitones", "is empty; give at least one")),
+        ({"semitones": [8, 8]}, ("task.semitones", "names one twice: 8, 8")),
+        (
+            {"semitones": -12, "band_limit_target": True},
+            (
+                "task.band_limit_target",
+                "has no effect: only a shift up loses the highest frequencies",
+            ),
+        ),
+    ],
+)
+def test_shifts_that_cannot_be_undone_are_named(options, problem):
+    assert resolve_options(Unshift, options, "task")[1] == [problem]
+    assert resolve_options(Unshift, {"semitones": [8, 10, 12]}, "task")[1] == []
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_says_all_that_the_framework_asks_and_its_defaults_are_allowed(name):
+    assert resolve_options(TASKS[name], {}, "task")[1] == []
+    task = TASKS[name]()
+    assert task.kind in ("audio", "roll")
+    assert task.full_scale == (1.0 if task.kind == "roll" else 32768.0)
+    assert set(task.scores.values()) <= {"min", "max"}
+    assert all(label.startswith("val_") for label in task.scores)
+    assert task.sources
+    assert task.voices
+    for attribute in ("stems", "additive"):
+        assert isinstance(getattr(task, attribute), bool)
+    assert all(abs(s) <= 24 for s in (*task.shifts, *task.round_trips))
+    assert set(task.data_defaults) <= {"sample_rate", "channels", "segment", "builtin_seconds"}
+    assert all(weight > 0 for weight in task.default_loss.values())
+    options = inspect.signature(TASKS[name]).parameters.values()
+    assert all(option.kind is option.KEYWORD_ONLY for option in options)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_names_its_scores_in_the_order_and_with_the_names_of_its_scorer(name):
+    task = TASKS[name]()
+    x = torch.full((1, len(task.sources), 1, 8192), 0.1)
+    some_silent = x.clone()
+    some_silent[:, 1:] = 0  # of one source: the same again
+    for target in (x, some_silent):
+        found = task.scorer(RATE)(x, target)
+        assert list(found) == [score for score in task.scores if score in found]
+        assert next(iter(task.scores)) in found
+        assert all(value.shape == () for value in found.values())
+    assert set(task.scorer(RATE)(x, x)) | set(found) == set(task.scores)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_doing_nothing_has_the_shape_of_an_estimate(name):
+    task = TASKS[name]()
+    inputs = torch.zeros(2, 88, 48)
+    assert task.baseline(inputs).shape == (2, len(task.sources), 88, 48)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name].kind == "audio"])
+def test_a_clip_is_heard_as_it_is_and_what_is_too_loud_is_clipped(name):
+    audio = np.array([[0.5, -0.25, 1.5, -1.5], [0, 1 / 32768, 1.0, -1.0]], np.float32)
+    (suffix, content), *more = TASKS[name]().clips(audio, RATE).items()
+    assert suffix == ".wav"
+    assert not more
+    found, rate = soundfile.read(io.BytesIO(content), dtype="int16")
+    assert rate == RATE
+    assert found.T.tolist() == [[16384, -8192, 32767, -32768], [0, 1, 32767, -32768]]
 
 
 def test_doing_nothing_gives_the_input_back_as_the_one_source():

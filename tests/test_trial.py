@@ -23,10 +23,11 @@ import yaml
 from torch import nn
 
 from bgray import checkpoint, data, shards, storage, trial
+from bgray.build import build_task
 from bgray.config import ConfigError, digest
 from bgray.context import Context
 from bgray.evaluation import Evaluator
-from bgray.experiment import build_task, build_validation, prepare_data, resolve, run_url
+from bgray.experiment import build_validation, prepare_data, resolve, run_url
 from bgray.loop import NotFinite
 from bgray.losses import LossSum
 from bgray.records import read_info, read_lines

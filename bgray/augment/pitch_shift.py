@@ -2,6 +2,10 @@
 
 import numpy as np
 
+CONTEXT_SECONDS = 0.25
+"""Real signal that a crop should bring along on both sides, so that its edges sound like the
+middle: Signalsmith's longest analysis window at 48 kHz is 120 ms."""
+
 
 def pitch_shift(audio: np.ndarray, semitones: float, sample_rate: int) -> np.ndarray:
     """(C, T) float32 -> (C, T) float32, `semitones` higher (12: an octave), aligned with the input.

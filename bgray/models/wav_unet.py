@@ -1,18 +1,30 @@
 """The 1-d ConvNeXt U-Net that removes pitch-shift artefacts (v1) or undoes the shift (v2)."""
 
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm as add_weight_norm
 
+from bgray.models.unet import (
+    Activation,
+    Block,
+    Layout,
+    Norm,
+    check_choices,
+    check_least,
+    check_levels,
+    check_odd,
+    receptive_frames,
+    run_v1,
+    run_v2,
+)
+
 FACTORS = (1, 2, 4, 8)
 EDGE_KERNEL = 5  # v2's first and last convolution
 
-Norm = Literal["layer", "none"]
-Activation = Literal["gelu", "snake"]
-Layout = Literal["v1", "v2"]
+Output = Literal["direct", "difference", "product"]
 
 
 def unshuffle(x: torch.Tensor, factor: int) -> torch.Tensor:
@@ -76,40 +88,6 @@ class Up(nn.Module):
         return self.conv(x) + skip  # (B, Co, T*f)
 
 
-class Snake(nn.Module):
-    """(B, T, C) -> (B, T, C): x + sin^2(alpha x) / alpha, Ziyin et al. 2020, eq. 3."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.alpha = nn.Parameter(torch.ones(1, 1, channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.sin(self.alpha * x).square() / (self.alpha + 1e-9)
-
-
-class Block(nn.Module):
-    """(B, C, T) -> (B, C, T): ConvNeXt block (Liu et al. 2022, fig. 4) in one dimension.
-
-    `gamma` starts at 1e-6, so a fresh block is the identity to about that.
-    """
-
-    def __init__(self, channels: int, kernel: int, norm: Norm, activation: Activation):
-        super().__init__()
-        wide = 4 * channels
-        self.depthwise = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=channels)
-        self.norm = nn.LayerNorm(channels, eps=1e-5) if norm == "layer" else nn.Identity()
-        self.widen = nn.Linear(channels, wide)
-        self.activation = Snake(wide) if activation == "snake" else nn.GELU()
-        self.narrow = nn.Linear(wide, channels)
-        self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.depthwise(x).transpose(1, 2)  # (B, T, C)
-        y = self.activation(self.widen(self.norm(y)))  # (B, T, 4C)
-        y = self.narrow(y) * self.gamma  # (B, T, C)
-        return x + y.transpose(1, 2)  # (B, C, T)
-
-
 class WavUNet(nn.Module):
     """(B, C, T) audio -> (B, 1, C, T) audio; every channel passes alone, as a mono clip would.
 
@@ -125,6 +103,10 @@ class WavUNet(nn.Module):
     `kernels` (odd): one entry for all blocks, or kernels[j] for the j-th block of every level.
     `bottleneck_kernel`: of all blocks at the bottom; None takes kernels[0].
     `weight_norm`: on every Conv1d and Linear, not on the transposed convolutions.
+    `output`: what the net gives is the estimate itself (direct), what is added to the input
+    (difference; v1 refuses it, since its last skip adds the input already) or what multiplies the
+    input (product).
+    `skip_conv`: each skip of v1 passes a 1x1 convolution before it is added.
     Raises ValueError with all that `check` finds. Defaults: output 19 of the unshift log.
     """
 
@@ -143,6 +125,8 @@ class WavUNet(nn.Module):
         weight_norm: bool = False,
         activation: Activation = "gelu",
         layout: Layout = "v2",
+        output: Output = "direct",
+        skip_conv: bool = False,
     ):
         options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         problems = self.check(**options)
@@ -150,7 +134,7 @@ class WavUNet(nn.Module):
             raise ValueError("\n".join(["WavUNet:", *(f"  {k}: {text}" for k, text in problems)]))
 
         super().__init__()
-        self.layout = layout
+        self.layout, self.output = layout, output
         self.patching = patching
         self.length_multiple = patching * prod(factors)
         level_kernels = [kernels * n if len(kernels) == 1 else kernels[:n] for n in blocks]
@@ -173,13 +157,16 @@ class WavUNet(nn.Module):
         if layout == "v1":
             bottom = 2 * reach[-1]  # the deepest level's blocks, on the way down and up again
             reach = [0, *reach[:-1]]
+            skips = (nn.Conv1d(c, c, 1) if skip_conv else nn.Identity() for c in channels[:-1])
+            self.joins = nn.ModuleList(skips)
         else:
             reach[0] += EDGE_KERNEL - 1
             edge: dict[str, Any] = {"kernel_size": EDGE_KERNEL, "padding": EDGE_KERNEL // 2}
             self.conv_in = nn.Conv1d(patching, channels[0], **edge)
             self.conv_out = nn.Conv1d(channels[0], patching, **edge)
             self.joins = nn.ModuleList(nn.Conv1d(2 * c, c, 1) for c in channels[:-1])
-        self.receptive_field = patching * receptive_frames(reach, factors, bottom)
+        spans = [strided_kernel(f) for f in factors]
+        self.receptive_field = patching * receptive_frames(reach, factors, spans, bottom)
         if weight_norm:
             for module in list(self.modules()):
                 if isinstance(module, nn.Conv1d | nn.Linear):
@@ -188,64 +175,31 @@ class WavUNet(nn.Module):
     @staticmethod
     def check(**options: Any) -> list[tuple[str, str]]:
         """All problems of the full options (none left out) as (option, value and the way out)."""
-        channels, blocks, factors = (options[k] for k in ("channels", "blocks", "factors"))
-        scales, kernels = options["scale_vs_channels"], options["kernels"]
-        problems: list[tuple[str, str]] = []
-
-        def bad(option: str, text: str) -> None:
-            problems.append((option, text))
-
-        for name, kind in {"norm": Norm, "activation": Activation, "layout": Layout}.items():
-            if options[name] not in get_args(kind):
-                bad(name, f"{options[name]!r} is not one of {', '.join(get_args(kind))}")
-        for name in ("channels", "blocks", "factors", "scale_vs_channels", "kernels"):
-            if not options[name]:
-                bad(name, "is empty; give at least one number")
-            for i, value in enumerate(options[name]):
-                if value < 1:
-                    bad(name, f"{name}[{i}] = {value} must be at least 1")
-        for name, least in {"patching": 1, "bottleneck_blocks": 0, "bottleneck_kernel": 1}.items():
-            if options[name] is not None and options[name] < least:
-                bad(name, f"{options[name]} must be at least {least}")
-
-        bottom = ("bottleneck_kernel", options["bottleneck_kernel"] or 1)
-        for name, k in [*(("kernels", k) for k in kernels), bottom]:
-            if k > 0 and k % 2 == 0:
-                bad(name, f"{k} is even and would change the length; use {k - 1} or {k + 1}")
-        most = max(blocks, default=0)
+        kernels, most = options["kernels"], max(options["blocks"], default=0)
+        problems = check_choices(
+            options, norm=Norm, activation=Activation, layout=Layout, output=Output
+        )
+        problems += check_least(options, patching=1, bottleneck_blocks=0, bottleneck_kernel=1)
+        problems += check_odd("kernels", kernels)
+        problems += check_odd("bottleneck_kernel", [options["bottleneck_kernel"] or 1])
+        if not kernels:
+            problems.append(("kernels", "is empty; give at least one number"))
+        for i, k in enumerate(kernels):
+            if k < 1:
+                problems.append(("kernels", f"kernels[{i}] = {k} must be at least 1"))
         if 1 < len(kernels) < most:
-            bad("kernels", f"{len(kernels)} entries for {most} blocks; give 1 or at least {most}")
-        for i, f in enumerate(factors):
-            if f > 0 and f not in FACTORS:
-                bad("factors", f"factors[{i}] = {f}; use one of {FACTORS}")
-        length = len(factors)
-        for name in ("channels", "blocks", "scale_vs_channels"):
-            count = length + (name == "channels")
-            if options[name] and len(options[name]) != count:
-                bad(name, f"{len(options[name])} entries for {length} factors; give {count}")
+            text = f"{len(kernels)} entries for {most} blocks; give 1 or at least {most}"
+            problems.append(("kernels", text))
         if options["layout"] == "v1":
-            if channels and channels[0] != 1:
-                bad("channels", f"layout v1 needs channels[0] = 1, not {channels[0]}")
-            for name, value in {"bottleneck_blocks": 0, "patching": 1}.items():
-                if options[name] != value:
-                    bad(name, f"layout v1 needs {name} = {value}, not {options[name]}")
-        if {name for name, _ in problems} & {"channels", "factors", "scale_vs_channels"}:
-            return problems
-
-        for i, (f, scale) in enumerate(zip(factors, scales, strict=True)):
-            c, deep = channels[i], channels[i + 1]
-            if c * f != scale * deep:
-                outs = [str(c * f // deep)] if c * f % deep == 0 else []
-                outs += [f"channels[{i + 1}] = {c * f // scale}"] if c * f % scale == 0 else []
-                bad(
-                    "scale_vs_channels",
-                    f"level {i}: channels[{i}]*factors[{i}]/scale[{i}] = {c}*{f}/{scale} = "
-                    f"{c * f / scale:g} but channels[{i + 1}] is {deep}; "
-                    f"use {' or '.join(outs) or f'other channels[{i}] and channels[{i + 1}]'}",
-                )
-            elif deep % f:
-                bad("channels", f"channels[{i + 1}] = {deep} is not a multiple of its factor {f}")
-        return problems
+            if options["patching"] != 1:
+                text = f"layout v1 needs patching = 1, not {options['patching']}"
+                problems.append(("patching", text))
+            if options["output"] == "difference":
+                text = "difference is what layout v1 does by its last skip; use direct"
+                problems.append(("output", text))
+        elif options["skip_conv"]:
+            problems.append(("skip_conv", "only layout v1 has it; v2 joins by a convolution"))
+        return problems + check_levels(options, allowed=FACTORS, dims=1, raw_channels=1)
 
     def forward(self, audio: torch.Tensor) -> torch.Tensor:
         b, c, t = audio.shape
@@ -256,44 +210,13 @@ class WavUNet(nn.Module):
                 f"the nearest valid lengths are {below} and {below + self.length_multiple}"
             )
         x = audio.reshape(b * c, 1, t)  # (B*C, 1, T)
-        x = self._v1(x) if self.layout == "v1" else self._v2(x)
-        return x.reshape(b, 1, c, t)  # (B, S=1, C, T)
-
-    def _v1(self, x: torch.Tensor) -> torch.Tensor:
-        skips = []
-        for down, blocks in zip(self.downs, self.encoder, strict=True):
-            skips.append(x)
-            x = blocks(down(x))
-        for i in reversed(range(len(self.ups))):
-            x = self.ups[i](self.decoder[i](x)) + skips[i]
-        return x
-
-    def _v2(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv_in(unshuffle(x, self.patching))  # (B*C, channels[0], T/p)
-        skips = []
-        for blocks, down in zip(self.encoder, self.downs, strict=True):
-            skips.append(x)  # before the level's blocks
-            x = down(blocks(x))
-        x = self.bottom(x)
-        for i in reversed(range(len(self.ups))):
-            x = self.decoder[i](self.ups[i](x))
-            x = self.joins[i](torch.cat([x, skips[i]], dim=1))  # after the level's blocks
-        return shuffle(self.conv_out(x), self.patching)  # (B*C, 1, T)
-
-
-def receptive_frames(reach: list[int], factors: tuple[int, ...], bottom: int) -> int:
-    """Frames of the top level that the widest-looking output frame depends on, both sides together.
-
-    reach[i], bottom: the sum of (kernel - 1) over what runs, in one direction, at the shallow end
-    of level i and at the bottom. Skips never see further than what passes below them.
-    """
-    levels = list(zip(reach, factors, strict=True))
-    width = 1
-    for r, f in levels:
-        width += r
-        # w samples touch up to ceil((w-1)/f) + 2 frames through a transposed kernel of 2f.
-        width = -(-(width - 1) // f) + 2 if f > 1 else width
-    width += bottom
-    for r, f in reversed(levels):
-        width = r + ((width + 1) * f if f > 1 else width)
-    return width
+        if self.layout == "v1":
+            y = run_v1(self, x)
+        else:
+            y = run_v2(self, self.conv_in(unshuffle(x, self.patching)))  # (B*C, channels[0], T/p)
+            y = shuffle(self.conv_out(y), self.patching)  # (B*C, 1, T)
+        if self.output == "difference":
+            y = x + y
+        elif self.output == "product":
+            y = x * y
+        return y.reshape(b, 1, c, t)  # (B, S=1, C, T)

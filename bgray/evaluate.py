@@ -1,0 +1,218 @@
+"""Evaluate: trained runs on whole tracks, scored as papers print it: BSSEval v4, uSDR, SI-SDR.
+
+python -m bgray.evaluate RUN [RUN ...] [--tracks FOLDER] [--seconds 30] [--device auto]
+"""
+
+import argparse
+import json
+import math
+from typing import Any
+
+import numpy as np
+
+from bgray import storage
+from bgray.config import ConfigError
+from bgray.tracks import Track, find
+from bgray.train import errors_in_one_line
+
+MANY = 3  # tracks from which on Ray spreads them over the machine
+UNCHANGED = "unprocessed input"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bgray.evaluate", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("runs", nargs="+", help="folders <results>/<name>/<id>")
+    parser.add_argument(
+        "--tracks",
+        help="folder of stem folders (MUSDB18-HQ's test), or shards, of which the validation "
+        "split is read; default: the validation split of each run's own data",
+    )
+    parser.add_argument("--seconds", type=float, help="only the beginning of each track")
+    parser.add_argument("--limit", type=int, help="only the first so many tracks")
+    parser.add_argument("--overlap", type=float, default=0.25, help="of chunks, 0 to 0.5")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args(argv)
+    with errors_in_one_line():
+        results = {}
+        for url in args.runs:
+            result = evaluate(
+                url.rstrip("/"),
+                tracks=args.tracks,
+                seconds=args.seconds,
+                limit=args.limit,
+                overlap=args.overlap,
+                device=args.device,
+            )
+            results[url.rstrip("/")] = result
+            show(result)
+        if any("bss" in result for result in results.values()):
+            draw(results)
+
+
+def evaluate(
+    url: str,
+    *,
+    tracks: str | None = None,
+    seconds: float | None = None,
+    limit: int | None = None,
+    overlap: float = 0.25,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Score a run on whole tracks and write <run>/evaluation/scores.json; returns what is in it.
+
+    `task`: the task's own validation scores by track, of the run and of the unprocessed input.
+    `bss`: SDR, ISR, SIR, SAR (medians over frames), uSDR and SI-SDR by track and source, and their
+    medians over tracks, where the task separates. ConfigError names tracks that do not fit.
+    """
+    from bgray.context import pick_device
+    from bgray.experiment import prepare_data
+    from bgray.inference import load
+
+    chosen = pick_device(device)
+    trained = load(url, chosen)
+    if trained.task.kind != "audio":
+        raise ConfigError(url, [("", "is a piano-roll run: its validation scores are whole")])
+    source = tracks or prepare_data(trained.experiment).url
+    found = [track.head(seconds) for track in find(source)][:limit]
+    _check(trained, found, source)
+    jobs = [(url, track, overlap, str(chosen)) for track in found]
+    scored = _on_ray(jobs) if len(jobs) >= MANY else [evaluate_track(*job) for job in jobs]
+    named = dict(zip((track.name for track in found), scored, strict=True))
+    result: dict[str, Any] = {
+        "run": url,
+        "step": trained.step,
+        "source": source,
+        "seconds": seconds,
+        "task": {name: scores["task"] for name, scores in named.items()},
+        "input": {name: scores["input"] for name, scores in named.items()},
+    }
+    if any("bss" in scores for scores in scored):
+        from bgray.bss import over_tracks
+
+        by_track = {name: scores["bss"] for name, scores in named.items()}
+        result |= {"bss": by_track, "bss_medians": over_tracks(by_track)}
+    place = storage.join(url, "evaluation", "scores.json")
+    storage.write_bytes(place, json.dumps(finite(result), indent=1).encode() + b"\n")
+    return result
+
+
+def evaluate_track(url: str, track: Track, overlap: float, device: str) -> dict[str, Any]:
+    """{task, input: metric to value; bss: source to metric to dB} of one track."""
+    import torch
+
+    from bgray.bss import score_track
+    from bgray.data import Chunk
+    from bgray.inference import load
+
+    trained = load(url, torch.device(device))
+    task = task_for(trained.task, track)
+    audio = track.load(task.voices)  # (V, C, T) float32
+    as_read = np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int16)
+    chunk = Chunk.whole(dict(zip(task.voices, as_read, strict=True)), track.sample_rate)
+    x, y = task.example([chunk], 0, None, track.frames)  # (C, T), (S, C, T) int16
+    inputs, target = (sound.astype(np.float32) / task.full_scale for sound in (x, y))
+    estimate = trained(inputs, overlap)
+    score = task.scorer(track.sample_rate)
+
+    def scores(sound: np.ndarray) -> dict[str, float]:
+        found = score(torch.from_numpy(sound)[None], torch.from_numpy(target)[None])
+        return {name: float(value) for name, value in found.items()}
+
+    untouched = task.baseline(torch.from_numpy(inputs)[None])[0].numpy()
+    result: dict[str, Any] = {"task": scores(estimate), "input": scores(untouched)}
+    if task.stems:
+        result["bss"] = score_track(target, estimate, track.sample_rate, task.sources)
+    return result
+
+
+def task_for(task: Any, track: Track) -> Any:
+    """The task as this track can serve it: shifted here, where the track has no such column."""
+    if set(task.voices) <= set(track.voices) or not hasattr(task, "shift"):
+        return task
+    from bgray.data import public
+
+    return type(task)(**{**public(task), "shift": "on_the_fly"})
+
+
+def _check(trained: Any, tracks: list[Track], source: str) -> None:
+    rate, problems = trained.experiment.data.sample_rate, []
+    for track in tracks:
+        lacking = set(task_for(trained.task, track).voices) - set(track.voices)
+        if track.sample_rate != rate:
+            problems.append((track.name, f"{track.sample_rate} Hz, but the run works at {rate}"))
+        elif lacking:
+            text = f"lacks {', '.join(sorted(lacking))}; there is {', '.join(track.voices)}"
+            problems.append((track.name, text))
+    if problems:
+        raise ConfigError(source, problems)
+
+
+def _on_ray(jobs: list[tuple[str, Track, float, str]]) -> list[dict[str, Any]]:
+    """The same in tasks of their own, one to a CPU (and to a GPU, where the run is on one)."""
+    from bgray.cluster import ray_session
+
+    with ray_session() as ray:
+        gpus = 1 if jobs[0][3] == "cuda" else 0
+        remote = ray.remote(num_cpus=1, num_gpus=gpus)(evaluate_track)
+        return ray.get([remote.remote(*job) for job in jobs])
+
+
+# --- output
+
+
+def finite(value: Any) -> Any:
+    """The same for JSON, which has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show(result: dict[str, Any]) -> None:
+    """The medians as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bgray.bss import METRICS, median
+
+    count = len(result["task"])
+    table = Table(
+        title=f"{result['run']} after {result['step']} steps: medians over {count} tracks",
+        title_justify="left",
+    )
+    medians = result.get("bss_medians")
+    if medians:
+        for column in ("target", *METRICS):
+            table.add_column(column, justify="right" if column != "target" else "left")
+        for source, scores in medians.items():
+            cells = ["-" if scores[m] is None else f"{scores[m]:.2f}" for m in METRICS]
+            table.add_row(source, *cells)
+    else:
+        names = list(next(iter(result["task"].values())))
+        for column in ("", *names):
+            table.add_column(column, justify="right" if column else "left")
+        for label, key in (("estimate", "task"), (UNCHANGED, "input")):
+            by_track = result[key].values()
+            cells = [f"{median([s.get(n, math.nan) for s in by_track]):.4f}" for n in names]
+            table.add_row(label, *cells)
+    console = Console()
+    console.print(table)
+    console.print(f"by track: {storage.join(result['run'], 'evaluation', 'scores.json')}")
+
+
+def draw(results: dict[str, dict[str, Any]]) -> None:
+    """Box plots by target of all runs, beside the first run's scores."""
+    from bgray.boxplot import box_plot
+
+    first = next(iter(results))
+    runs = {url.rsplit("/", 1)[-1]: r["bss"] for url, r in results.items() if "bss" in r}
+    place = storage.join(first, "evaluation", "boxplot.svg")
+    storage.write_bytes(place, box_plot(runs))
+    print(f"box plots: {place}")
+
+
+if __name__ == "__main__":
+    from bgray.evaluate import main  # so that Ray pickles evaluate_track by reference
+
+    main()
