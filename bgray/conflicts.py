@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from bgray import storage
 from bgray.build import (
     build_loss,
-    build_model,
     build_schedule,
     build_task,
     meta_model,
@@ -170,9 +169,7 @@ def _silence(experiment: Experiment, model: nn.Module) -> tuple[Tensor, dict[str
     silence = torch.zeros(1, sources, data.channels, data.segment)
     if not getattr(model, "extras", ()):
         return silence, {}
-    # Their shapes are the model's own affair. With weights: inverse STFTs do not run on `meta`.
+    # Their shapes are the model's own affair: it says them without memory for its weights.
     with torch.no_grad():
-        output: Any = build_model(experiment).eval()(
-            torch.zeros(silence.shape[:1] + silence.shape[2:])
-        )
-    return silence, {name: torch.zeros_like(value) for name, value in output[1].items()}
+        output: Any = model.eval()(torch.zeros(1, data.channels, data.segment, device="meta"))
+    return silence, {name: torch.zeros(value.shape) for name, value in output[1].items()}

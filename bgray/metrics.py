@@ -26,19 +26,30 @@ def sdr(estimate: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     estimate scores 0 dB. For a silent target, a silent estimate scores 0 dB and any other
     -100 dB minus the energy of the estimate in dB.
     """
-    eps = 1e-10
     target = _float(target)
     signal, noise = target.square().sum(-1), (_float(estimate) - target).square().sum(-1)
-    return 10 * torch.log10((signal + eps) / (noise + eps))
+    return _challenge_db(signal, noise)
 
 
 def usdr(estimate: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """`sdr` over all channels and samples of (..., C, T) together -> (...) float64.
 
-    What the Music Demixing Challenge 2021 ranked by. float64, because a song has 20 million
-    samples.
+    What the Music Demixing Challenge 2021 ranked by; also called global or utterance SDR. Sums are
+    float64, because a song has 20 million samples.
     """
-    return sdr(estimate.double().flatten(-2), target.double().flatten(-2))
+
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        # Half the time of x.double().square().sum(), which writes the song twice more.
+        norm = torch.linalg.vector_norm(x.flatten(-2), dim=-1, dtype=torch.float64)
+        return norm.square()
+
+    target = _float(target)
+    return _challenge_db(energy(target), energy(_float(estimate) - target))
+
+
+def _challenge_db(signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    eps = 1e-10
+    return 10 * torch.log10((signal + eps) / (noise + eps))
 
 
 def _centred(x: torch.Tensor) -> torch.Tensor:

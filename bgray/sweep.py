@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bgray import storage
 from bgray.config import Sweep
+from bgray.document import override, read
 from bgray.resources import Plan, of_cluster, this_machine
 from bgray.train import (
     ctrl_c_asks_first,
@@ -49,6 +50,11 @@ def main(argv: list[str] | None = None) -> None:
         from bgray.search import expand
         from bgray.summary import print_dry
 
+        if "oracle" in (raw := read(args.sweep)):  # a question that nothing is trained for
+            from bgray import oracle
+
+            override(raw, tuple(args.set), args.sweep)
+            sys.exit(oracle.run(raw, args.sweep, args.dry))
         sweep, trials = expand(args.sweep, tuple(args.set))
         if args.dry:
             print_dry(sweep, trials)

@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -68,6 +69,8 @@ def find(source: str, *, split: str = "validation") -> list[Track]:
     Shards are known by their manifest, and only their `split` is read; else every folder below
     that holds audio is a track (MUSDB18-HQ: `train/<track>/{bass,drums,other,vocals}.wav`).
     """
+    if not storage.is_remote(source):  # tracks are read by workers in other folders too
+        source = str(Path(source).expanduser().absolute())
     if storage.exists(shards.manifest_url(source)):
         return from_shards(source, split)
     return from_folder(source)

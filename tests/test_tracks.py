@@ -1,5 +1,6 @@
 """Tracks are what was stored, whole and in order, wherever they are stored."""
 
+import dataclasses
 import pickle
 import time
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from bgray import band, tracks
+from bgray import band, shards, tracks
 from bgray.config import ConfigError
 from bgray.shards import Options, prepare
 
@@ -93,6 +94,15 @@ def test_a_track_travels_without_its_sound():
     assert time.perf_counter() - began < 1
 
 
+def test_a_track_found_by_a_relative_path_is_read_from_any_folder(tmp_path, monkeypatch):
+    write_stems(tmp_path / "in" / "a")
+    monkeypatch.chdir(tmp_path)
+    (track,) = tracks.find("in")
+    there = track.load(("bass",))
+    monkeypatch.chdir("/")
+    np.testing.assert_array_equal(track.load(("bass",)), there)
+
+
 def test_the_content_changes_with_the_files(tmp_path):
     write_stems(tmp_path / "a", seed=1)
     before = tracks.find(str(tmp_path))[0].content
@@ -138,13 +148,9 @@ def test_a_voice_that_is_not_there_is_named_with_those_that_are():
 
 
 def test_a_chunk_that_is_missing_is_not_silence(shards_url, monkeypatch):
-    from bgray import shards
-
     read = shards.read_row_group
 
     def without_starts(url, name, index, voices=None):
-        import dataclasses
-
         return [dataclasses.replace(r, start=r.start + 7) for r in read(url, name, index, voices)]
 
     monkeypatch.setattr(shards, "read_row_group", without_starts)
