@@ -6,6 +6,7 @@ python -m bgray.evaluate RUN [RUN ...] [--tracks FOLDER] [--seconds 30] [--devic
 import argparse
 import json
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -177,8 +178,9 @@ def show(result: dict[str, Any]) -> None:
     from bgray.bss import METRICS, median
 
     count = len(result["task"])
+    run = "/".join(result["run"].split("/")[-2:])
     table = Table(
-        title=f"{result['run']} after {result['step']} steps: medians over {count} tracks",
+        title=f"{run} after {result['step']} steps: medians over {count} tracks",
         title_justify="left",
     )
     medians = result.get("bss_medians")
@@ -196,9 +198,10 @@ def show(result: dict[str, Any]) -> None:
             by_track = result[key].values()
             cells = [f"{median([s.get(n, math.nan) for s in by_track]):.4f}" for n in names]
             table.add_row(label, *cells)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
-    console.print(f"by track: {storage.join(result['run'], 'evaluation', 'scores.json')}")
+    place = storage.join(result["run"], "evaluation", "scores.json")
+    console.print(f"by track: {place}", soft_wrap=True)
 
 
 def draw(results: dict[str, dict[str, Any]]) -> None:

@@ -121,15 +121,24 @@ def run(raw: dict[str, Any], source: str, dry: bool) -> int:
     if dry:
         return 0
     compute(tasks, scores, url, console)
+    resting = {}
+    for track in found:
+        sdr = scores[content(track), *settings[0]]["sdr_db"]
+        resting[track.name] = [stem for stem, value in sdr.items() if value is None]
+    if all(len(resting[track.name]) == len(track.stems) for track in found):
+        raise ConfigError(source, [("oracle.tracks", "no track in which two stems play")])
     overlaps = []
     for ratio in config.noverlap_ratio:
         rows = [[scores[content(t), w, ratio]["sdr_db"] for w in candidates] for t in found]
         summary = plateau.summarize(rows, candidates, config.controls, drawn(config), TOLERANCE_DB)
         overlaps.append({"noverlap_ratio": ratio, **summary})
-    names = [track.name for track in found]
-    report = {"oracle": asdict(config), "tracks": names, "overlaps": overlaps}
+    report = {"oracle": asdict(config), "resting": resting, "overlaps": overlaps}
     storage.write_bytes(storage.join(url, "oracle.json"), json.dumps(report, indent=1).encode())
     show(overlaps, len(found), console)
+    for name, stems in resting.items():
+        if stems:
+            text = f"{name}: not scored, for they rest or play alone: {', '.join(stems)}"
+            console.print(text, soft_wrap=True, highlight=False, markup=False)
     console.print(f"in {url}", soft_wrap=True)
     return 0
 
@@ -261,9 +270,11 @@ Task = tuple[Track, list[tuple[int, float]]]
 
 
 def score(track: Track, settings: Sequence[tuple[int, float]]) -> list[Row]:
-    """The lines of oracle.jsonl for one track: uSDR in dB by stem, null where a stem rests."""
+    """The lines of oracle.jsonl for one track: uSDR in dB by stem; null where a stem rests, or
+    plays alone, for then the oracle is perfect with any window."""
     sources = torch.from_numpy(track.load(track.stems))  # (S, C, T)
     plays = sources.flatten(1).any(1)
+    plays &= plays.sum() > 1
     rows = []
     for window, ratio in settings:
         sdr = usdr(phase_mix(sources, window, ratio), sources)
@@ -344,7 +355,7 @@ def show(overlaps: list[dict[str, Any]], num_tracks: int, console: Console) -> N
     for found in overlaps:
         per_target, single, gain = found["per_target"], found["single"], found["gain_over_single"]
         stems = list(per_target)
-        title = f"overlap {found['noverlap_ratio']:g}: SDR in dB, mean of {num_tracks} tracks"
+        title = f"overlap {found['noverlap_ratio']:g}: SDR in dB, means over {num_tracks} tracks"
         table = Table(title=title, title_justify="left", header_style="bold")
         table.add_column("window")
         for name in (*stems, "mean of targets"):

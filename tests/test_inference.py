@@ -13,6 +13,7 @@ from bgray.config import ConfigError
 from bgray.context import Context
 from bgray.experiment import prepare_data, resolve, run_url
 from bgray.inference import fades, load, process
+from bgray.midi import write_midi
 from bgray.trial import run_trial
 
 
@@ -160,3 +161,56 @@ def test_only_piano_rolls_generate(run, capsys):
 def test_resampling_to_the_same_rate_changes_nothing():
     audio = noise(1, 100).numpy()
     assert inference.resample(audio, 8000, 8000) is audio
+
+
+# --- piano rolls
+
+
+@pytest.fixture
+def roll_run(tmp_path):
+    raw = {
+        "name": "rolls",
+        "task": {"name": "pianoroll", "threshold": 0.3},
+        "data": {"builtin_songs": 4},
+        "model": {"name": "roll_rnn", "encoder": [4], "layers": 1},
+        "train": {"steps": 2, "batch_size": 2},
+        "validation": {"every": 2, "items": 1, "clips": 1},
+        "runtime": {
+            "results": str(tmp_path / "results"),
+            "cache": str(tmp_path / "data"),
+            "device": "cpu",
+            "threads": 1,
+        },
+    }
+    experiment = resolve(raw, "test")
+    run_trial(experiment, prepare_data(experiment), Context())
+    return run_url(experiment)
+
+
+def test_a_midi_file_longer_than_a_piece_is_reconstructed_as_the_model_gives_it(roll_run, tmp_path):
+    roll = np.zeros((88, 2500), np.uint8)
+    roll[40, ::7] = roll[43, :30] = roll[45, -1] = 1
+    (tmp_path / "song.mid").write_bytes(write_midi(roll))
+    apply([roll_run, str(tmp_path / "song.mid"), "--output", str(tmp_path / "out.mid")])
+    trained = load(roll_run, torch.device("cpu"))
+    padded = np.pad(roll, ((0, 0), (0, 1340))).astype(np.float32)
+    pieces = [trained(padded[:, :1920])[0], trained(padded[:, 1920:])[0]]
+    expected = trained.task.notes(np.concatenate(pieces, axis=1)[:, :2500])
+    assert (tmp_path / "out.mid").read_bytes() == write_midi(expected)
+
+
+def test_generation_depends_on_the_seed_alone(roll_run, tmp_path):
+    for folder in ("a", "b"):
+        out = ["--output", str(tmp_path / folder), "--seed", "5"]
+        apply([roll_run, "--generate", "2", *out])
+    found = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert found == ["0005.mid", "0006.mid"]
+    for name in found:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_file_that_is_no_midi_is_refused(roll_run, tmp_path, capsys):
+    (tmp_path / "song.mid").write_bytes(b"no midi")
+    with pytest.raises(SystemExit):
+        apply([roll_run, str(tmp_path / "song.mid")])
+    assert "song.mid" in capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_the_report_holds_what_direct_scores_say(small, tmp_path, capsys):
         made = slow_phase_mix(sources, 512, 0.25)
         scores = usdr(torch.from_numpy(made), torch.from_numpy(sources)).tolist()
         for program, value in zip(song.stems, scores, strict=True):
-            if program not in song.silent:
+            if program not in song.silent and len(song.silent) < 3:
                 name = band.PROGRAMS[program]
                 sums[name] = sums.get(name, 0) + value
                 counts[name] = counts.get(name, 0) + 1
@@ -221,10 +221,29 @@ def test_ray_scores_what_this_process_scores(small, tmp_path, monkeypatch):
         np.testing.assert_allclose(pairs[:, 0], pairs[:, 1], rtol=0, atol=1e-6)  # None is NaN
 
 
-def write_track(folder, *names, seconds=0.3):
+def test_stems_that_rest_or_play_alone_are_not_scored_and_named(small, tmp_path, capsys):
+    for name, playing in {"all": "abc", "two": "ab", "one": "a", "none": ""}.items():
+        write_track(tmp_path / "in" / name, *"abc", silent=set("abc") - set(playing))
+    raw = small(tracks=str(tmp_path / "in"), search="grid", low=512, high=513)
+    assert oracle.run(raw, "small.yaml", dry=False) == 0
+    report = json.loads((tmp_path / "results" / "small" / "oracle.json").read_text())
+    expected = {"all": [], "two": ["c"], "one": ["a", "b", "c"], "none": ["a", "b", "c"]}
+    assert report["resting"] == expected
+    highest = max(f["tracks_db"][1] for f in report["overlaps"][0]["per_target"].values())
+    assert highest < 20  # alone it would be 100
+    out = capsys.readouterr().out
+    assert "two: not scored, for they rest or play alone: c" in out
+    assert "\nall:" not in out
+    alone = small(tracks=str(tmp_path / "in" / "one"), search="grid", low=512, high=513)
+    with pytest.raises(ConfigError, match="no track in which two stems play"):
+        oracle.run(alone, "small.yaml", dry=False)
+
+
+def write_track(folder, *names, seconds=0.3, silent=()):
     folder.mkdir(parents=True)
     for i, name in enumerate(names):
         sound = 0.1 * np.random.default_rng(i).standard_normal((round(8000 * seconds), 2))
+        sound *= name not in silent
         soundfile.write(folder / f"{name}.wav", sound, 8000)
 
 

@@ -19,10 +19,10 @@ CDPAM_RATE = 22_050
 class Cdpam(nn.Module):
     """(B, S, C, T) estimate and target -> 0-d mean CDPAM over B, S and C, in float32.
 
-    Manocha et al. 2021 (arXiv:2102.05109), trained on speech at 22.05 kHz whose samples range over
-    +-32768: on audio in [-1, 1) all its distances are about 1e-5, silence no further from
-    speech than speech with its sign turned. Log 001, where it was "terrible", "super loud", first
-    had the wrong rate and nowhere says that it scaled.
+    Manocha et al. 2021 (arXiv:2102.05109), trained on speech at 22.05 kHz with samples between
+    -32768 and 32767. On audio in [-1, 1) all its distances are about 1e-5, and silence is nearer to
+    a sound than the same sound with its sign turned. Log 001 found it "terrible", "super loud":
+    it first had the wrong rate, and nowhere says that it scaled.
 
     resample: to 22.05 kHz first.
     int16_range: multiply by 32768 first, as the package's own `load_audio` does.

@@ -1,0 +1,134 @@
+"""Whole tracks: separation on stem folders and shards, restoration, and what does not fit."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from bgray import bss, evaluate
+from bgray.config import ConfigError
+from bgray.context import Context
+from bgray.experiment import prepare_data, resolve, run_url
+from bgray.shards import Options, prepare
+from bgray.trial import run_trial
+
+RATE = 8000
+STEMS = ("drums", "bass")
+
+
+def write_tracks(folder, *, num=3, seconds=4.0, silent_bass_in=()):
+    """Stem folders of noise bursts (drums) and a tone (bass)."""
+    time = np.arange(round(seconds * RATE)) / RATE
+    for i in range(num):
+        rng = np.random.default_rng(i)
+        place = folder / f"track{i}"
+        place.mkdir(parents=True)
+        bursts = 0.2 * rng.standard_normal(len(time)) * (time % 0.5 < 0.1)
+        tone = 0.2 * np.sin(2 * np.pi * (80 + 20 * i) * time) * (i not in silent_bass_in)
+        soundfile.write(place / "drums.wav", bursts.astype(np.float32), RATE)
+        soundfile.write(place / "bass.wav", tone.astype(np.float32), RATE)
+    return folder
+
+
+@pytest.fixture
+def separation_run(tmp_path):
+    """A run's folder, trained for a moment on shards of stems."""
+    url = str(tmp_path / "shards")
+    songs = write_tracks(tmp_path / "songs", num=4)
+    options = Options(sample_rate=RATE, stems=True, validation_groups=("track3",))
+    prepare(str(songs), url, options, workers=0)
+    raw = {
+        "name": "sep",
+        "task": {"name": "separation", "instruments": list(STEMS)},
+        "data": {"path": url, "sample_rate": RATE, "segment": 2048},
+        "model": {"name": "conv_separator", "kernels": [9, 5], "inner_channels": 4},
+        "train": {"steps": 2, "batch_size": 2},
+        "validation": {"every": 2, "items": 1, "segment": 8192, "clips": 0},
+        "runtime": {"results": str(tmp_path / "results"), "device": "cpu", "threads": 1},
+    }
+    experiment = resolve(raw, "test")
+    run_trial(experiment, prepare_data(experiment), Context())
+    return run_url(experiment)
+
+
+def test_a_track_of_the_runs_own_validation_split_is_scored_as_bss_scores_it(separation_run):
+    result = evaluate.evaluate(separation_run, device="cpu")
+    assert list(result["bss"]) == ["track3"]
+    found = result["bss"]["track3"]
+    assert set(found) == set(STEMS)
+    # By hand: the same track, the same model, museval's numbers.
+    from bgray.inference import load
+    from bgray.tracks import find
+
+    trained = load(separation_run, torch.device("cpu"))
+    (track,) = find(trained.experiment.data.path)
+    target = track.load(STEMS)
+    estimate = trained(target.sum(0))
+    expected = bss.score_track(target, estimate, RATE, STEMS)
+    for stem in STEMS:
+        for metric in bss.METRICS:
+            assert found[stem][metric] == pytest.approx(expected[stem][metric], abs=1e-3)
+    written = json.load(open(f"{separation_run}/evaluation/scores.json"))
+    assert written["bss"]["track3"] == found
+    assert written["step"] == 2
+
+
+def test_other_tracks_can_be_given_and_a_silent_source_has_no_score(separation_run, tmp_path):
+    tracks = write_tracks(tmp_path / "test", num=2, silent_bass_in=(1,))
+    result = evaluate.evaluate(separation_run, tracks=str(tracks), device="cpu")
+    assert result["bss"]["track1"]["bass"]["SDR"] is None
+    assert result["bss"]["track1"]["drums"]["uSDR"] is not None
+    # One track plays the bass: its score is the median.
+    assert result["bss_medians"]["bass"]["SDR"] == result["bss"]["track0"]["bass"]["SDR"]
+    assert result["input"].keys() == result["task"].keys() == {"track0", "track1"}
+
+
+def test_the_command_prints_medians_and_draws_boxes(separation_run, tmp_path, capsys):
+    tracks = write_tracks(tmp_path / "test", num=2)
+    evaluate.main([separation_run, "--tracks", str(tracks), "--seconds", "2", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "medians over 2 tracks" in out
+    assert all(metric in out for metric in bss.METRICS)
+    svg = open(f"{separation_run}/evaluation/boxplot.svg").read()
+    assert svg.lstrip().startswith("<?xml")
+    assert "drums" in svg
+
+
+def test_tracks_that_do_not_fit_are_named_all_at_once(separation_run, tmp_path):
+    tracks = write_tracks(tmp_path / "test", num=2)
+    (tracks / "track0" / "bass.wav").unlink()
+    for stem in STEMS:
+        soundfile.write(tracks / "track1" / f"{stem}.wav", np.full(4000, 0.1, np.float32), 16000)
+    with pytest.raises(ConfigError) as caught:
+        evaluate.evaluate(separation_run, tracks=str(tracks), device="cpu")
+    said = dict(caught.value.problems)
+    assert "lacks bass" in said["track0"]
+    assert "16000 Hz" in said["track1"]
+
+
+def test_a_restoration_run_is_scored_on_whole_tracks_against_the_unprocessed_input(tiny):
+    tiny["train"]["steps"], tiny["validation"]["every"] = 2, 2
+    experiment = resolve(tiny, "test")
+    run_trial(experiment, prepare_data(experiment), Context())
+    result = evaluate.evaluate(run_url(experiment), limit=2, device="cpu")
+    assert len(result["task"]) == 2
+    assert "bss" not in result
+    for name, scores in result["task"].items():
+        assert scores.keys() == result["input"][name].keys() == {"val_stft", "val_si_sdr"}
+        assert scores != result["input"][name]
+
+
+def test_infinite_scores_are_null_in_json():
+    found = evaluate.finite({"a": {"b": float("-inf"), "c": 1.0, "d": float("nan")}})
+    assert found == {"a": {"b": None, "c": 1.0, "d": None}}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_many_tracks_are_scored_on_ray_as_they_are_here(separation_run, tmp_path, monkeypatch):
+    tracks = str(write_tracks(tmp_path / "test", num=evaluate.MANY))
+    on_ray = evaluate.evaluate(separation_run, tracks=tracks, device="cpu")
+    monkeypatch.setattr(evaluate, "MANY", 100)
+    assert evaluate.evaluate(separation_run, tracks=tracks, device="cpu") == on_ray
