@@ -58,15 +58,6 @@ def test_the_example_experiment_is_valid():
     assert resolve(raw, "README.md").schedule.name == "wsd"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_shipped_sweep_opens_with_its_question_and_resolves(path):
-    from bgray.search import expand
-
-    assert path.read_text().startswith("# Question: ")
-    _, trials = expand(str(path))
-    assert len({trial.id for trial in trials}) == len(trials)
-
-
 def test_the_commands_are_listed_by_the_package_itself():
     main = importlib.import_module("bgray.__main__")
     assert {module for module, _ in COMMANDS} <= set(main.COMMANDS)

@@ -64,7 +64,8 @@ def test_a_sweep_states_its_question_and_cost_and_every_trial_resolves(path):
 
 
 def test_every_question_of_the_logs_has_its_sweep():
-    assert sorted(p.stem for p in SWEEPS) == sorted(n for names in QUESTIONS.values() for n in names)
+    named = [name for names in QUESTIONS.values() for name in names]
+    assert sorted(path.stem for path in SWEEPS) == sorted(named)
 
 
 def test_the_oracle_is_asked_by_the_same_command(tmp_path, capsys):

@@ -185,9 +185,9 @@ class Explodes(LossSum):
         super().__init__({"l1": (nn.L1Loss(), 1.0)})
         self.loss, self.left = loss, call
 
-    def forward(self, estimate, target):
+    def forward(self, estimate, target, extras=None):
         self.left -= 1
-        total, parts = self.loss(estimate, target)
+        total, parts = self.loss(estimate, target, extras)
         return total * (math.nan if self.left <= 0 else 1.0), parts
 
 
