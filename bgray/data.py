@@ -334,11 +334,16 @@ SILENCE_DBFS = -60.0
 no meaning."""
 
 
+def audible(sound: np.ndarray) -> bool:
+    """Whether float samples, full scale 1, are louder than what counts as silence."""
+    return bool(np.sqrt(np.mean(np.square(sound))) >= 10 ** (SILENCE_DBFS / 20))
+
+
 def validation_set(
     manifest: "shards.Manifest", url: str, task: Any, segment: int, items: int
 ) -> Validation:
-    """At most `items` chunks of the validation split, evenly spaced in the order of their keys,
-    silent crops left out.
+    """At most `items` chunks of the validation split, evenly spaced in the order of their keys;
+    crops that are silent, or that `task.scorable` refuses, are left out.
 
     ConfigError when every crop is silent.
     """
@@ -354,16 +359,24 @@ def validation_set(
     # Evenly spaced ones first; the others stand in, in order, where one of them is silent.
     first = [i * len(chunks) // count for i in range(count)]
     picked: list[int] = []
+    scorable = getattr(task, "scorable", lambda inputs, targets: True)
     for i in [*first, *sorted(set(range(len(chunks))) - set(first))]:
         if len(picked) == count:
             break
         _, _, shard, group, row = chunks[i]
-        _, target = reader.centre_crop(shard, group, row, segment)
-        if np.sqrt(np.mean(np.square(target / task.full_scale))) >= 10 ** (SILENCE_DBFS / 20):
+        crop = reader.centre_crop(shard, group, row, segment)
+        if audible(crop[1] / task.full_scale) and scorable(*crop):
             picked.append(i)
     if not picked:
         raise ConfigError(
-            url, [("", f"all {len(chunks)} validation crops of {segment} samples are silent")]
+            url,
+            [
+                (
+                    "",
+                    f"all {len(chunks)} validation crops of {segment} samples are silent, or hold "
+                    "nothing to score",
+                )
+            ],
         )
     return Validation(
         url=url,

@@ -439,3 +439,16 @@ def test_the_logs_settings_are_allowed():
         {"targets": ["vocals"], "gain": [0.25, 1.25], "swap_channels": True, "mix": "random"},
     ):
         assert resolve_options(Separation, options, "task")[1] == []
+
+
+def test_a_lone_instrument_is_no_validation_item_because_copying_it_would_be_perfect():
+    task = Separation(instruments=("drums", "bass"))
+    loud = np.full((1, 1000), 5000, np.int16)
+    silent = np.zeros((1, 1000), np.int16)
+    assert task.scorable(2 * loud, np.stack([loud, loud]))
+    assert not task.scorable(loud, np.stack([loud, silent]))
+    assert not task.scorable(silent, np.stack([silent, silent]))
+    # Of one target alone, what else plays is in the mixture.
+    one = Separation(instruments=("drums", "bass"), targets=("bass",))
+    assert one.scorable(2 * loud, loud[None])
+    assert not one.scorable(loud, loud[None])

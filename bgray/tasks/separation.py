@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bgray.data import SILENCE_DBFS
+from bgray.data import SILENCE_DBFS, audible
 from bgray.instruments import column
 from bgray.losses.mrstft import MultiResolutionStft
 from bgray.metrics import sdr, si_sdr
@@ -175,6 +175,13 @@ class Separation:
     def baseline(self, inputs: Tensor) -> Tensor:
         """The mixture as the estimate of every source: (B, C, T) -> (B, S, C, T)."""
         return inputs[:, None].expand(-1, len(self.sources), -1, -1)
+
+    def scorable(self, mixture: np.ndarray, targets: np.ndarray) -> bool:
+        """Whether a validation crop, (C, T) and (S, C, T) int16, can be scored: something plays
+        beside each target that plays. An instrument alone is its own mixture, and copying it would
+        count as perfect separation."""
+        heard = [target for target in targets / 32768 if audible(target)]
+        return bool(heard) and all(audible(mixture / 32768 - target) for target in heard)
 
     def scorer(self, sample_rate: int) -> Scorer:
         """A function of one item, (1, S, C, T) estimate and target -> its scores as 0-d tensors.
