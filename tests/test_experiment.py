@@ -44,7 +44,7 @@ def test_every_augmentation_in_the_table_reaches_the_recipe_with_its_defaults(ti
 MODELS_FOR = {
     "unshift": ("wav_unet", "spec_unet"),
     "deartifact": ("wav_unet", "spec_unet"),
-    "separation": ("conv_separator", "gru_separator", "wavenet", "open_unmix"),
+    "separation": ("conv_separator", "gru_separator", "wave_unet", "wavenet", "open_unmix"),
     "pianoroll": ("roll_autoencoder", "roll_rnn"),
 }
 

@@ -137,6 +137,7 @@ TINY: dict[str, Tiny] = {
     ),
     "conv_separator tanh": Tiny({**CONV_SEPARATOR, "head": "tanh"}),
     "conv_separator long": Tiny({**CONV_SEPARATOR, "kernels": (255, 1)}),
+    "wave_unet": Tiny({"levels": 3, "step": 16, "kernel": 9, "up_kernel": 5}, lr=3e-3),
     "gru_separator": Tiny({"kernel": 15, "channels": 8, "hidden": 8}, lr=1e-2),
     "open_unmix": Tiny(OPEN_UNMIX, channels=2, sources=2, target=shares),
     "open_unmix mr": Tiny(OPEN_UNMIX_MR, channels=2, target=shares, lr=1e-2),

@@ -7,6 +7,7 @@ from bgray.models.roll_autoencoder import RollAutoencoder
 from bgray.models.roll_rnn import RollRnn
 from bgray.models.spec_unet import SpecUNet
 from bgray.models.wav_unet import WavUNet
+from bgray.models.wave_unet import WaveUNet
 from bgray.models.wavenet import WaveNet
 
 MODELS = {
@@ -17,5 +18,6 @@ MODELS = {
     "roll_rnn": RollRnn,
     "spec_unet": SpecUNet,
     "wav_unet": WavUNet,
+    "wave_unet": WaveUNet,
     "wavenet": WaveNet,
 }
