@@ -2,6 +2,8 @@
 
 python -m bgray.apply RUN INPUT [--output PLACE] [--overlap 0.25] [--device auto]
 python -m bgray.apply RUN --generate 4 --output FOLDER
+
+Audio is written as WAV (float32, at the input's rate and length), rolls as MIDI.
 """
 
 import argparse
@@ -39,11 +41,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--generate", type=int, metavar="N", help="N new piano rolls from random latents, as MIDI"
+        "--generate",
+        type=int,
+        metavar="N",
+        help="N new piano rolls from random latents, as MIDI in --output (default: generated/)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --generate (default 0)")
     args = parser.parse_args(argv)
-    with errors_in_one_line():
+    with errors_in_one_line(resumes=False):
         _check(args)
         from bgray.context import pick_device
         from bgray.inference import load
@@ -79,13 +84,16 @@ def separate(trained: "Trained", source: str, output: str | None, overlap: float
     """Write every source of an audio file at the file's own rate and length; returns the places."""
     from bgray.inference import resample, wav
 
+    names = trained.task.sources
+    places = {name: place(source, output, name, len(names), ".wav") for name in names}
     audio, rate = read_audio(source)
     wanted = trained.experiment.data.sample_rate
+    if rate > wanted:
+        print(f"the run works at {wanted} Hz: nothing above {wanted // 2} Hz will be left")
     estimate = trained(resample(audio, rate, wanted), overlap)  # (S, C, T)
-    names, files = trained.task.sources, {}
+    files = {}
     for name, sound in zip(names, estimate, strict=True):
-        sound = _fit(resample(sound, wanted, rate), audio.shape[1])
-        files[place(source, output, name, len(names), ".wav")] = wav(sound, rate)
+        files[places[name]] = wav(_fit(resample(sound, wanted, rate), audio.shape[1]), rate)
     return _write(files)
 
 
@@ -94,10 +102,9 @@ def reconstruct(trained: "Trained", source: str, output: str | None) -> list[str
     followed by silence and cut again."""
     from bgray.midi import read_roll, write_midi
 
+    url = place(source, output, "reconstruction", 1, ".mid")
     try:
-        roll = read_roll(storage.read_bytes(source))  # (P, T)
-    except FileNotFoundError:
-        raise ConfigError(source, [("", "no such file")]) from None
+        roll = read_roll(read_file(source))  # (P, T)
     except ValueError as error:
         raise ConfigError(source, [("", str(error))]) from None
     piece = trained.experiment.data.segment
@@ -105,7 +112,6 @@ def reconstruct(trained: "Trained", source: str, output: str | None) -> list[str
     padded = np.pad(roll, ((0, 0), (0, -steps % piece))).astype(np.float32)
     pieces = [trained(padded[:, i : i + piece])[0] for i in range(0, steps, piece)]
     notes = trained.task.notes(np.concatenate(pieces, axis=1)[:, :steps])
-    url = place(source, output, "reconstruction", 1, ".mid")
     return _write({url: write_midi(notes)})
 
 
@@ -132,15 +138,12 @@ def read_audio(source: str) -> tuple[np.ndarray, int]:
     """(C, T) float32 and the sample rate in Hz; ConfigError where it is no audio."""
     import soundfile
 
+    data = read_file(source)
     try:
-        data = storage.read_bytes(source)
         audio, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-    except FileNotFoundError:
-        raise ConfigError(source, [("", "no such file")]) from None
-    except IsADirectoryError:
-        raise ConfigError(source, [("", "is a folder; give one audio file")]) from None
     except soundfile.LibsndfileError as error:
-        raise ConfigError(source, [("", f"no audio that can be read: {error}")]) from None
+        text = f"no audio that can be read: {error.error_string}"
+        raise ConfigError(source, [("", text)]) from None
     if not len(audio):
         raise ConfigError(source, [("", "is empty: no samples")])
     if not np.isfinite(audio).all():
@@ -148,15 +151,33 @@ def read_audio(source: str) -> tuple[np.ndarray, int]:
     return np.ascontiguousarray(audio.T), rate
 
 
+def read_file(source: str) -> bytes:
+    """ConfigError where there is no such file."""
+    try:
+        return storage.read_bytes(source)
+    except FileNotFoundError:
+        raise ConfigError(source, [("", "no such file")]) from None
+    except IsADirectoryError:
+        raise ConfigError(source, [("", "is a folder; give one file")]) from None
+
+
 def place(source: str, output: str | None, name: str, count: int, suffix: str) -> str:
     """Where one source goes: `output` itself if it is the only one, else a file in that folder;
-    by default beside the input, whose name it never takes."""
+    by default beside the input. ConfigError rather than take the input's place, or write a file
+    whose name says it is something else."""
     stem = Path(source.rsplit("/", 1)[-1]).stem
     if output is None:
         folder = source.rsplit("/", 1)[0] if "/" in source else "."
         return storage.join(folder, f"{stem}-{name}{suffix}")
     if count == 1 and not output.endswith("/") and not Path(output).is_dir():
+        if not output.lower().endswith(suffix):
+            raise ConfigError(output, [("--output", f"is written as {suffix}; name it so")])
+        if Path(output).absolute() == Path(source).absolute():
+            raise ConfigError(output, [("--output", "is the input itself; give another name")])
         return output
+    if Path(output).is_file():
+        text = f"is a file; give a folder for the {count} sources"
+        raise ConfigError(output, [("--output", text)])
     return storage.join(output, f"{stem}-{name}{suffix}")
 
 

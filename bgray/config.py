@@ -83,8 +83,10 @@ class Validation:
 class Runtime:
     """Where and how it runs; not part of the id, for it changes rounding at most.
 
-    With one exception: `mrstft` takes a norm over the batch, and with several workers over each
-    worker's part of it. Keep `workers` the same within a sweep that trains on it.
+    With one exception: what is taken over a batch, several workers take over each one's part of it.
+    That is batch norm (open_unmix, roll_autoencoder, roll_rnn's bridges), and of the losses mrstft,
+    dice, si_sdr and spectrogram's `version: original`; dropout and latent noise are drawn anew.
+    Keep `workers` the same within a sweep that trains with one of them.
     """
 
     results: str = "results"

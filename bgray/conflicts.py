@@ -85,14 +85,26 @@ def conflicts(experiment: Experiment) -> Iterator[Problem]:
             f"{experiment.model.name} gives {given} source, the task wants {len(task.sources)} "
             f"({', '.join(task.sources)}); use a model that separates, or task.targets with one",
         )
-    yield from _meanings(experiment, task, model)
+    head = getattr(model, "head", None)
+    if head in ("softmax", "complementary") and not task.additive:
+        yield (
+            "model.head",
+            f"{head} makes the sources add up to the input, but these targets do not; use none or "
+            "tanh, or ask for all instruments",
+        )
+    losses, problems = _rehearsed(experiment)
+    yield from problems
+    yield from _meanings(experiment, task, model, losses)
     if not misfit:
-        yield from _try_losses(experiment, model)
+        yield from _try_losses(experiment, model, losses)
+        yield from _try_scores(experiment, task)
 
 
-def _meanings(experiment: Experiment, task: Any, model: nn.Module) -> Iterator[Problem]:
+def _meanings(
+    experiment: Experiment, task: Any, model: nn.Module, sums: dict[str, LossSum]
+) -> Iterator[Problem]:
     """What the losses take the model's output for, against what it can be."""
-    losses: dict[str, Any] = dict(_rehearsed(experiment).losses.items())
+    losses: dict[str, Any] = {name: sums[name].losses[name] for name in sums}
     meaning = getattr(task, "estimate", "audio")
     taken = {
         name: getattr(loss, "estimates", "any" if needed(loss) else "level")
@@ -118,6 +130,9 @@ def _meanings(experiment: Experiment, task: Any, model: nn.Module) -> Iterator[P
         if taken[name] == "logits" and not getattr(loss, "bounded_ok", True):
             if math.isfinite(low) or math.isfinite(high):
                 yield f"loss.{name}", _bounded(experiment, name, low, high)
+    used = {extra for loss in losses.values() for extra in needed(loss)}
+    if "log_variance" in getattr(model, "extras", ()) and "log_variance" not in used:
+        yield "loss", "needs kl beside it with model.variational: true, e.g. kl: 1"
     if meaning == "level" and losses and "level" not in taken.values():
         yield (
             "task.estimate",
@@ -125,10 +140,18 @@ def _meanings(experiment: Experiment, task: Any, model: nn.Module) -> Iterator[P
         )
 
 
-def _rehearsed(experiment: Experiment) -> LossSum:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the random weights
-        return build_loss(experiment, rehearsal=True)
+def _rehearsed(experiment: Experiment) -> tuple[dict[str, LossSum], list[Problem]]:
+    """Every loss by itself, and why some cannot be built."""
+    losses, problems = {}, []
+    for name, pick in experiment.loss.items():
+        alone = dataclasses.replace(experiment, loss={name: pick})
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the random weights
+                losses[name] = build_loss(alone, rehearsal=True)
+        except ValueError as error:
+            problems.append((f"loss.{name}", str(error)))
+    return losses, problems
 
 
 def _bounded(experiment: Experiment, loss: str, low: float, high: float) -> str:
@@ -145,22 +168,37 @@ def _bounded(experiment: Experiment, loss: str, low: float, high: float) -> str:
     )
 
 
-def _try_losses(experiment: Experiment, model: nn.Module) -> Iterator[Problem]:
+def _try_losses(
+    experiment: Experiment, model: nn.Module, losses: dict[str, LossSum]
+) -> Iterator[Problem]:
     """Silence through every loss: transforms longer than the segment show here, not at step 0."""
     silence, extras = _silence(experiment, model)
-    for name, pick in experiment.loss.items():
-        alone = _rehearsed(dataclasses.replace(experiment, loss={name: pick}))
+    for name, alone in losses.items():
         if any(extra not in extras for loss in alone.losses.values() for extra in needed(loss)):
             continue  # said already
         try:
-            alone(silence, silence, extras)
+            with torch.no_grad():
+                alone(silence, silence, extras)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            yield (
-                f"loss.{name}",
-                f"cannot take segments of data.segment = {experiment.data.segment} samples: "
-                f"{reason}",
-            )
+            text = f"fails on examples of shape (S, C, T) = {tuple(silence.shape[1:])}: {error}"
+            yield f"loss.{name}", text.splitlines()[0]
+
+
+def _try_scores(experiment: Experiment, task: Any) -> Iterator[Problem]:
+    rate, length = experiment.data.sample_rate, validation_segment(experiment)
+    try:
+        score = task.scorer(rate)
+    except ValueError as error:
+        yield "data.sample_rate", f"{rate} Hz: the task's scores cannot be computed: {error}"
+        return
+    noise = torch.rand(1, len(task.sources), experiment.data.channels, length)
+    try:
+        score(noise, noise)
+    except (RuntimeError, ValueError) as error:
+        yield (
+            "validation.segment",
+            f"{length} samples cannot be scored: {str(error).splitlines()[0]}",
+        )
 
 
 def _silence(experiment: Experiment, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:

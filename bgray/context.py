@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bgray import probes
-from bgray.config import Experiment
+from bgray.config import ConfigError, Experiment
 
 
 @dataclass
@@ -32,6 +32,9 @@ class Context:
 
 
 def pick_device(wanted: str) -> torch.device:
+    """ConfigError where a GPU is asked for and there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", [("", "cuda is asked for, but there is no GPU; use auto")])
     if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
         return torch.device("cuda")
     return torch.device("cpu")

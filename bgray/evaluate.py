@@ -1,6 +1,9 @@
 """Evaluate: trained runs on whole tracks, scored as papers print it: BSSEval v4, uSDR, SI-SDR.
 
 python -m bgray.evaluate RUN [RUN ...] [--tracks FOLDER] [--seconds 30] [--device auto]
+
+Writes <run>/evaluation/scores.json, and box plots of all runs beside the first one's; scores of
+other tracks, or of parts of them, get names of their own.
 """
 
 import argparse
@@ -12,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from bgray import storage
-from bgray.config import ConfigError
+from bgray.config import ConfigError, digest
 from bgray.tracks import Track, find
 from bgray.train import errors_in_one_line
 
 MANY = 3  # tracks from which on Ray spreads them over the machine
 UNCHANGED = "unprocessed input"
+REST = "all that is not a target"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--overlap", type=float, default=0.25, help="of chunks, 0 to 0.5")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
-    with errors_in_one_line():
+    with errors_in_one_line(resumes=False):
+        _check_arguments(args)
         results = {}
         for url in args.runs:
             result = evaluate(
@@ -50,6 +55,18 @@ def main(argv: list[str] | None = None) -> None:
             show(result)
         if any("bss" in result for result in results.values()):
             draw(results)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    problems = []
+    if not 0 <= args.overlap <= 0.5:
+        problems.append(("--overlap", f"must be 0 to 0.5, got {args.overlap:g}"))
+    if args.seconds is not None and not args.seconds > 0:
+        problems.append(("--seconds", f"must be above 0, got {args.seconds:g}"))
+    if args.limit is not None and args.limit < 1:
+        problems.append(("--limit", f"must be at least 1, got {args.limit}"))
+    if problems:
+        raise ConfigError("python -m bgray.evaluate", problems)
 
 
 def evaluate(
@@ -86,6 +103,8 @@ def evaluate(
         "step": trained.step,
         "source": source,
         "seconds": seconds,
+        "limit": limit,
+        "overlap": overlap,
         "task": {name: scores["task"] for name, scores in named.items()},
         "input": {name: scores["input"] for name, scores in named.items()},
     }
@@ -94,8 +113,10 @@ def evaluate(
 
         by_track = {name: scores["bss"] for name, scores in named.items()}
         result |= {"bss": by_track, "bss_medians": over_tracks(by_track)}
-    place = storage.join(url, "evaluation", "scores.json")
-    storage.write_bytes(place, json.dumps(finite(result), indent=1).encode() + b"\n")
+    whole = tracks is None and seconds is None and limit is None
+    mark = "" if whole else f"-{digest([source, seconds, limit])[:8]}"
+    result["place"] = storage.join(url, "evaluation", f"scores{mark}.json")
+    storage.write_bytes(result["place"], json.dumps(finite(result), indent=1).encode() + b"\n")
     return result
 
 
@@ -124,7 +145,15 @@ def evaluate_track(url: str, track: Track, overlap: float, device: str) -> dict[
     untouched = task.baseline(torch.from_numpy(inputs)[None])[0].numpy()
     result: dict[str, Any] = {"task": scores(estimate), "input": scores(untouched)}
     if task.stems:
-        result["bss"] = score_track(target, estimate, track.sample_rate, task.sources)
+        names = task.sources
+        if not task.additive:
+            # What is not asked for interferes too: it is one more source, as accompaniment is.
+            names = (*names, REST)
+            target, estimate = (
+                np.concatenate([y, inputs[None] - y.sum(0)]) for y in (target, estimate)
+            )
+        found = score_track(target, estimate, track.sample_rate, names)
+        result["bss"] = {name: found[name] for name in task.sources}
     return result
 
 
@@ -189,28 +218,32 @@ def show(result: dict[str, Any]) -> None:
             table.add_column(column, justify="right" if column != "target" else "left")
         for source, scores in medians.items():
             cells = ["-" if scores[m] is None else f"{scores[m]:.2f}" for m in METRICS]
-            table.add_row(source, *cells)
-    else:
-        names = list(next(iter(result["task"].values())))
-        for column in ("", *names):
-            table.add_column(column, justify="right" if column else "left")
-        for label, key in (("estimate", "task"), (UNCHANGED, "input")):
-            by_track = result[key].values()
-            cells = [f"{median([s.get(n, math.nan) for s in by_track]):.4f}" for n in names]
+            playing = sum(s[source]["uSDR"] is not None for s in result["bss"].values())
+            label = source if playing == count else f"{source} ({playing} of {count})"
             table.add_row(label, *cells)
     console = Console(width=None if sys.stdout.isatty() else 160)
+    if medians:
+        console.print(table)
+        table = Table(title="the task's own scores", title_justify="left")
+    names = list(dict.fromkeys(name for scores in result["task"].values() for name in scores))
+    for column in ("", *names):
+        table.add_column(column, justify="right" if column else "left")
+    for label, key in (("estimate", "task"), (UNCHANGED, "input")):
+        by_track = result[key].values()
+        cells = [f"{median([s.get(n, math.nan) for s in by_track]):.4f}" for n in names]
+        table.add_row(label, *cells)
     console.print(table)
-    place = storage.join(result["run"], "evaluation", "scores.json")
-    console.print(f"by track: {place}", soft_wrap=True)
+    console.print(f"by track: {result['place']}", soft_wrap=True)
 
 
 def draw(results: dict[str, dict[str, Any]]) -> None:
     """Box plots by target of all runs, beside the first run's scores."""
     from bgray.boxplot import box_plot
 
-    first = next(iter(results))
-    runs = {url.rsplit("/", 1)[-1]: r["bss"] for url, r in results.items() if "bss" in r}
-    place = storage.join(first, "evaluation", "boxplot.svg")
+    runs = {"/".join(u.split("/")[-2:]): r["bss"] for u, r in results.items() if "bss" in r}
+    scores = next(iter(results.values()))["place"].removesuffix(".json")
+    mark = "" if len(results) == 1 else f"-{digest(sorted(results))[:8]}"
+    place = f"{scores.replace('/scores', '/boxplot')}{mark}.svg"
     storage.write_bytes(place, box_plot(runs))
     print(f"box plots: {place}")
 

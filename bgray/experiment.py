@@ -61,7 +61,12 @@ def _with_preset(raw: dict[str, Any], source: str) -> dict[str, Any]:
     if "name" in optim:
         raise ConfigError(source, [("optim", f"give a name or a preset ({name}), not both")])
     own = {key: value for key, value in optim.items() if key != "preset"}
-    return {**raw, "optim": {**PRESETS[name], **own}}
+    found = {**PRESETS[name], **own}
+    rates = ("lr" in own and "adamw_lr" in PRESETS[name], "adamw_lr" not in own)
+    if all(rates) and isinstance(own["lr"], float):
+        # A search over the rate must not change the ratio of the two.
+        found["adamw_lr"] *= own["lr"] / PRESETS[name]["lr"]
+    return {**raw, "optim": found}
 
 
 def absolute(experiment: Experiment) -> Experiment:

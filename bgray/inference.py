@@ -51,7 +51,7 @@ def load(url: str, device: torch.device) -> Trained:
     checkpoint yet."""
     try:
         raw = yaml.safe_load(storage.read_bytes(storage.join(url, "experiment.yaml")))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         text = "holds no run (no experiment.yaml); give a folder <results>/<name>/<id>"
         raise ConfigError(url, [("", text)]) from None
     experiment = resolve(raw, storage.join(url, "experiment.yaml"))
@@ -77,6 +77,8 @@ def process(
     share are context only; in the middle half one fades linearly into the other, so that a net
     that sees no further than that context gives what it would give for the whole at once.
     """
+    if not 0 <= overlap <= 0.5:
+        raise ValueError(f"overlap: must be 0 to 0.5, got {overlap:g}")
     multiple = getattr(model, "length_multiple", 1)
     length = audio.shape[-1]
     if length <= segment:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 from bgray.config import ConfigError
 
@@ -32,6 +32,13 @@ def average(values: Tensor) -> Tensor:
     total = values.clone()
     torch.distributed.all_reduce(total)
     return total / torch.distributed.get_world_size()
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Rank 0's buffers everywhere: DDP does so before each training step, so that after the last
+    one the ranks' running means of batch norm differ."""
+    for buffer in model.buffers():
+        torch.distributed.broadcast(buffer, 0)
 
 
 def stop_together(stop: Callable[[], bool], every: int, device: torch.device) -> Callable[[], bool]:

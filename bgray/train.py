@@ -52,8 +52,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 @contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """What a person can mend ends in its message and exit code 2, without a traceback."""
+def errors_in_one_line(*, resumes: bool = True) -> Iterator[None]:
+    """What a person can mend ends in its message and exit code 2, without a traceback.
+
+    resumes: whether the same command goes on from what is written.
+    """
     try:
         yield
     except ConfigError as error:
@@ -64,10 +67,12 @@ def errors_in_one_line() -> Iterator[None]:
     except OSError as error:
         # Full disk, no permission, storage that does not answer: what is written stays.
         where = f" ({error.filename})" if error.filename else ""
-        again = "mend that and run the same command again: it continues"
+        again = "mend that and run the same command again"
+        again += ": it continues" if resumes else ""
         message, code = f"error: {error.strerror or error}{where}; {again}", 2
     except KeyboardInterrupt:
-        message, code = "stopped; the same command goes on from what is written", 130
+        message, code = "stopped", 130
+        message += "; the same command goes on from what is written" if resumes else ""
     else:
         return
     if message:

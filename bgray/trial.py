@@ -2,6 +2,7 @@
 its folder."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from bgray.build import (
     build_schedule,
     num_parameters,
 )
-from bgray.config import Experiment
+from bgray.config import ConfigError, Experiment
 from bgray.context import Context, set_numerics
 from bgray.evaluation import Evaluator, means
 from bgray.experiment import Prepared, build_recipe, data_hash, run_url
@@ -129,6 +130,10 @@ class _Session:
         for _, metrics in self.earlier:
             self._learn(metrics)
         baseline = self.evaluator.baseline()
+        watched = getattr(self.schedule, "metric", None)
+        if watched and watched not in means(baseline):
+            text = f"'{watched}' has no value on these validation items; there is "
+            raise ConfigError("schedule", [("metric", text + ", ".join(means(baseline)))])
         if self.run is None:
             return
         folder = storage.join(self.experiment.runtime.results, self.experiment.name)
@@ -324,7 +329,7 @@ class _Session:
         if hasattr(self.schedule, "observe"):
             scores = self.evaluator.task.scores
             metric = self.schedule.metric or next(iter(scores))
-            self.schedule.observe(metrics[metric], scores[metric])
+            self.schedule.observe(metrics.get(metric, math.nan), scores[metric])
 
     def _compare_parts(self, step: int, values: dict[str, Any]) -> None:
         """Says once when one part of the loss outweighs another: the small one hardly trains."""
@@ -333,7 +338,7 @@ class _Session:
             for name, pick in self.experiment.loss.items()
         }
         large, small = max(parts, key=parts.__getitem__), min(parts, key=parts.__getitem__)
-        if self.run is None or self.said_of_parts or parts[large] < FAR_APART * parts[small]:
+        if self.run is None or self.said_of_parts or parts[large] <= FAR_APART * parts[small]:
             return
         self.said_of_parts = True
         self._warn(
@@ -362,6 +367,8 @@ class _Session:
     # --- validation ---
 
     def _evaluate(self, _: nn.Module, step: int) -> dict[str, float]:
+        if self.context.world > 1:
+            ranks.share_buffers(self.model)
         self.model.eval()
         bf16 = self.experiment.train.precision == "bf16"
 

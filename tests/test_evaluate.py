@@ -1,11 +1,13 @@
 """Whole tracks: separation on stem folders and shards, restoration, and what does not fit."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 from bgray import bss, evaluate
 from bgray.config import ConfigError
@@ -91,7 +93,7 @@ def test_the_command_prints_medians_and_draws_boxes(separation_run, tmp_path, ca
     out = capsys.readouterr().out
     assert "medians over 2 tracks" in out
     assert all(metric in out for metric in bss.METRICS)
-    svg = open(f"{separation_run}/evaluation/boxplot.svg").read()
+    svg = open(re.search(r"box plots: (\S+)", out).group(1)).read()
     assert svg.lstrip().startswith("<?xml")
     assert "drums" in svg
 
@@ -132,3 +134,37 @@ def test_many_tracks_are_scored_on_ray_as_they_are_here(separation_run, tmp_path
     on_ray = evaluate.evaluate(separation_run, tracks=tracks, device="cpu")
     monkeypatch.setattr(evaluate, "MANY", 100)
     assert evaluate.evaluate(separation_run, tracks=tracks, device="cpu") == on_ray
+
+
+def test_what_is_no_target_counts_as_interference(separation_run):
+    """With the target alone museval could blame nothing on interference: SIR would be infinite."""
+    raw = yaml.safe_load(open(f"{separation_run}/experiment.yaml"))
+    raw["task"]["targets"] = ["bass"]
+    experiment = resolve({**raw, "name": "one"}, "test")
+    run_trial(experiment, prepare_data(experiment), Context())
+    found = evaluate.evaluate(run_url(experiment), device="cpu")["bss"]["track3"]
+    assert set(found) == {"bass"}
+    assert np.isfinite(found["bass"]["SIR"])
+
+
+def test_scores_of_a_part_never_replace_those_of_the_whole(separation_run):
+    whole = evaluate.evaluate(separation_run, device="cpu")["place"]
+    before = open(whole).read()
+    part = evaluate.evaluate(separation_run, seconds=1, device="cpu")["place"]
+    assert part != whole
+    assert open(whole).read() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--limit", "0"], "--limit: must be at least 1"),
+        (["--seconds", "-2"], "--seconds: must be above 0"),
+        (["--overlap", "0.9"], "--overlap: must be 0 to 0.5"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(arguments, text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(["run", *arguments])
+    assert ended.value.code == 2
+    assert text in capsys.readouterr().err

@@ -181,7 +181,7 @@ def test_an_empty_split_is_refused(tiny, tmp_path, split):
         ("validation", {"segment": 4097}, r"validation\.segment: 4097 samples is not a multiple"),
         ("runtime", {"workers": 3}, "train.batch_size: 4 is not divisible by runtime.workers = 3"),
         ("runtime", {"workers": 2, "gpus": 0.5}, "runtime.gpus: must be 1 or more"),
-        ("loss", {"mrstft": 1.0}, r"loss\.mrstft: cannot take segments of data\.segment = 16 "),
+        ("loss", {"mrstft": 1.0}, r"loss\.mrstft: fails on examples of .* \(1, 1, 16\)"),
     ],
 )
 def test_sections_that_do_not_fit_together_are_refused_before_anything_starts(
@@ -271,3 +271,39 @@ def test_a_task_brings_its_own_defaults_of_the_data_and_the_yaml_wins():
     assert found.sample_rate == 44100
     short = {"task": "separation", "model": "wavenet", "data": {"sample_rate": 8000}}
     assert resolve(short, "test").data.sample_rate == 8000
+
+
+AUDIO = {"task": {"name": "unshift"}, "model": {"name": "wav_unet"}}
+SOME = {"task": {"name": "separation", "instruments": ["drums", "bass", "other"]}}
+SOME["task"]["targets"] = ["drums", "bass"]
+VAE = {"task": "pianoroll", "model": {"name": "roll_autoencoder", "variational": True}}
+
+
+@pytest.mark.parametrize(
+    ("raw", "path", "text"),
+    [
+        (
+            {**SOME, "model": {"name": "conv_separator", "head": "complementary"}},
+            "model.head",
+            "up",
+        ),
+        (
+            {**AUDIO, "validation": {"segment": 2048}},
+            "validation.segment",
+            "2048 samples cannot be",
+        ),
+        ({**AUDIO, "data": {"sample_rate": 96000}, "loss": {"l1": 1}}, "data.sample_rate", "96000"),
+        ({**AUDIO, "data": {"sample_rate": 96000}, "loss": {"mrstft": 1}}, "loss.mrstft", "n_bins"),
+        ({**AUDIO, "loss": {"sum_constraint": 1}}, "loss.sum_constraint", "two sources or more"),
+        (VAE, "loss", "needs kl beside it"),
+    ],
+)
+def test_what_would_fail_only_in_training_is_refused_before_it(raw, path, text):
+    with pytest.raises(ConfigError) as caught:
+        resolve(raw, "test")
+    assert text in dict(caught.value.problems)[path]
+
+
+def test_another_rate_of_a_preset_keeps_the_ratio_of_its_two_rates(tiny):
+    found = resolve({**tiny, "optim": {"preset": "muon_best", "lr": 1e-2}}, "test").optim
+    assert found.options["adamw_lr"] == pytest.approx(1e-3)  # output28 of log 001

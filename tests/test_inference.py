@@ -214,3 +214,28 @@ def test_a_file_that_is_no_midi_is_refused(roll_run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         apply([roll_run, str(tmp_path / "song.mid")])
     assert "song.mid" in capsys.readouterr().err
+
+
+# --- what apply refuses rather than harm
+
+
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [("in.wav", "is the input itself"), ("out.mp3", "is written as .wav; name it so")],
+)
+def test_apply_refuses_to_replace_its_input_or_to_lie_about_the_format(
+    run, tmp_path, output, text, capsys
+):
+    soundfile.write(tmp_path / "in.wav", 0.1 * noise(1000).numpy(), 8000)
+    before = (tmp_path / "in.wav").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        apply([run, str(tmp_path / "in.wav"), "--output", str(tmp_path / output)])
+    assert ended.value.code == 2
+    assert text in capsys.readouterr().err
+    assert (tmp_path / "in.wav").read_bytes() == before
+
+
+@pytest.mark.parametrize("overlap", [-0.2, 0.6, 1.0])
+def test_an_overlap_out_of_range_is_refused(overlap):
+    with pytest.raises(ValueError, match="overlap: must be 0 to 0.5"):
+        process(Halves(), noise(1, 100), 50, overlap)

@@ -115,8 +115,8 @@ class SpecMae(nn.Module):
     collapse to zero. With `version: original` only the MAE knows about amplitude.
 
     mode: `fixed` keeps `beta`; `step` puts `raised_beta` in its place after step `raise_step`;
-      `balance` chooses beta itself: after step 1 so that beta * mae = ratio * spectrogram, and
-      once more so that it is `raised_ratio` times it.
+      `balance` chooses beta itself: from the first 10 steps (in which each batch has its own) so
+      that beta * mae = ratio * spectrogram, and once more so that it is `raised_ratio` times it.
     raise_at: when balance does so: after step `raise_step`, or at a plateau, which is `patience`
       steps in which the loss, averaged over about `smoothing` steps, did not fall by 1%.
     version, fft_size, hop_size, win_length: see `spectrogram`.
@@ -126,6 +126,7 @@ class SpecMae(nn.Module):
     forward: (B, S, C, T) estimate and target -> 0-d float32.
     """
 
+    settling = 10  # steps whose mean chooses the first beta: one batch may be nearly silent
     least_fall = 0.01  # of the smoothed loss; less in `patience` steps is a plateau
     beta: Tensor
     raised: Tensor
@@ -187,7 +188,7 @@ class SpecMae(nn.Module):
         spec = self.spectrogram(estimate, target)
         mae = (estimate.float() - target.float()).abs().mean()
         parts, beta = torch.stack([spec, mae]).detach(), self.beta
-        if self.mode == "balance":  # each batch has its own balance until the first step is over
+        if self.mode == "balance":  # each batch has its own balance until one is chosen
             beta = torch.where(beta > 0, beta, balanced(parts, self.ratio))
         self.logged = {"spec": parts[0], "mae": parts[1], "beta": beta.clone()}
         return spec + beta * mae
@@ -205,9 +206,11 @@ class SpecMae(nn.Module):
         mean = self.mean_parts / self.mean_weight
 
         chosen = self.beta > 0
-        beta = torch.where(chosen, self.beta, balanced(parts, self.ratio))
+        first = balanced(mean, self.ratio) if step >= self.settling else self.beta
+        beta = torch.where(chosen, self.beta, first)
         loss = mean[0] + beta * mean[1]
-        fell = loss < self.lowest * (1 - self.least_fall)
+        fell = ~chosen | (loss < self.lowest * (1 - self.least_fall))
+        loss = torch.where(chosen, loss, torch.inf)  # of another beta, so not to be compared
         self.lowest.copy_(torch.where(fell, loss, self.lowest))
         self.since_lowest.copy_(torch.where(fell, 0, self.since_lowest + 1))
 
