@@ -161,6 +161,10 @@ def _estimate(item: Item, options: Options) -> float:
         seconds = options.seconds
     elif not all(part.size for part in item.parts):
         raise Rejected("empty (0 bytes)")
+    elif options.kind == "roll" and not storage.is_remote(item.parts[0].path):
+        # Read whole: a MIDI file has no header that tells, and many are ruled out, which must not
+        # leave a split without files.
+        seconds = sources.read_clip(item, options, ()).voices["roll"].shape[1] / shards.ROLL_RATE
     elif sources.is_midi(item):  # as if all were at 60 beats a minute
         seconds = item.parts[0].size / MIDI_BYTES_PER_BEAT
     elif storage.is_remote(item.parts[0].path):  # a header costs a request there

@@ -162,6 +162,9 @@ def from_folder(source: str) -> list[Track]:
     ConfigError, not left out: a score over the rest would look like a score over all.
     """
     items, unusable, _ = layouts.list_items(source, shards.Options(stems=True))
+    if any(layouts.suffix(p.name) in layouts.MIDI_SUFFIXES for item in items for p in item.parts):
+        text = f"holds MIDI, not sound; render it first: {shards.COMMAND} {source} SHARDS --stems"
+        raise ConfigError(source, [("", text)])
     problems, found = list(unusable.items()), []
     for item in items:
         try:

@@ -1222,3 +1222,18 @@ def test_a_manifest_of_another_version_or_a_broken_one_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a manifest"):
         read_manifest(str(tmp_path))
+
+
+def test_midi_files_that_make_no_roll_cannot_leave_a_split_without_files(tmp_path):
+    folder = tmp_path / "scores"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.mid").write_bytes(midi.write_midi(roll(2000, i)))
+    for i in range(9):
+        (folder / f"bad{i}.mid").write_bytes(b"no MIDI " + bytes([i]))
+    options = Options(**ROLL, validation=0.34, max_rejected=1.0)
+    manifest = prepare(str(folder), str(tmp_path / "out"), options, workers=0)
+    rows = manifest.rows("train"), manifest.rows("validation")
+    assert min(rows) >= 1
+    assert sum(rows) == 3
+    assert len(manifest.rejected) == 9

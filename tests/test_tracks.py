@@ -161,3 +161,12 @@ def test_a_chunk_that_is_missing_is_not_silence(shards_url, monkeypatch):
 def test_a_split_without_chunks_is_an_error(shards_url):
     with pytest.raises(ConfigError, match="no test chunks"):
         tracks.find(shards_url, split="test")
+
+
+def test_a_folder_of_midi_is_refused_in_one_line(tmp_path):
+    from bgray.midi import write_midi
+
+    for i in range(3):
+        (tmp_path / f"{i}.mid").write_bytes(write_midi(np.eye(88, 100, dtype=np.uint8)))
+    with pytest.raises(ConfigError, match="holds MIDI, not sound; render it first"):
+        tracks.find(str(tmp_path))
