@@ -78,6 +78,7 @@ def test_a_sweep_prunes_reports_what_diverged_and_is_done_when_run_again(sweep_f
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_trial_fed_by_ray_data_with_results_on_s3_equals_a_local_one(sweep_file, tmp_path, s3):
     path = sweep_file()
     sweep(path, f"runtime.results={s3}/results", "runtime.feed=ray")
