@@ -1,11 +1,13 @@
 """What only a CUDA device can show; `pytest -m gpu` where there is one."""
 
 import pytest
+import test_models
 import torch
 from torch import nn
 
 from bgray.context import Context
 from bgray.experiment import prepare_data, resolve, run_url
+from bgray.loop import split_extras
 from bgray.optim import muon
 from bgray.records import read_info, read_lines
 from bgray.trial import run_trial
@@ -94,3 +96,26 @@ def test_muon_on_the_gpu_follows_the_cpu():
 
     # Newton-Schulz runs in bf16 on both, with products added up in another order.
     assert torch.allclose(steps("cuda"), steps("cpu"), atol=5e-3)
+
+
+@pytest.mark.parametrize("key", test_models.TINY)
+def test_every_model_gives_on_the_gpu_what_it_gives_on_the_cpu(key):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    model = test_models.build(key).eval()
+    inputs = test_models.batch(key, 2)
+    with torch.no_grad():
+        expected, _ = split_extras(model(inputs))
+        found, _ = split_extras(model.to(CUDA)(inputs.to(CUDA)))
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("key", test_models.TINY)
+def test_every_models_core_compiles_and_other_lengths_still_run(key):
+    model = test_models.build(key).to(CUDA)
+    getattr(model, "core", model).compile()
+    inputs = test_models.batch(key, 2).to(CUDA)
+    split_extras(model(inputs))[0].square().mean().backward()
+    model.eval()
+    with torch.no_grad():
+        longer = torch.cat([inputs, inputs], dim=-1)
+        assert split_extras(model(longer))[0].shape[-1] == longer.shape[-1]
