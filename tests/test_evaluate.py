@@ -133,7 +133,13 @@ def test_many_tracks_are_scored_on_ray_as_they_are_here(separation_run, tmp_path
     tracks = str(write_tracks(tmp_path / "test", num=evaluate.MANY))
     on_ray = evaluate.evaluate(separation_run, tracks=tracks, device="cpu")
     monkeypatch.setattr(evaluate, "MANY", 100)
-    assert evaluate.evaluate(separation_run, tracks=tracks, device="cpu") == on_ray
+    here = evaluate.evaluate(separation_run, tracks=tracks, device="cpu")
+    assert here["bss"].keys() == on_ray["bss"].keys()
+    for name, sources in here["bss"].items():
+        for source, scores in sources.items():
+            # The number of threads changes the last digits of museval's least squares.
+            assert scores == pytest.approx(on_ray["bss"][name][source], abs=1e-6)
+    assert here["task"] == {n: pytest.approx(s, abs=1e-5) for n, s in on_ray["task"].items()}
 
 
 def test_what_is_no_target_counts_as_interference(separation_run):
