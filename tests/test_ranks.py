@@ -35,6 +35,7 @@ def worker(rank, port, asked_by):
     stop = ranks.stop_together(wanted, 3, torch.device("cpu"))
     assert [stop() for _ in range(6)] == [False, False, True] * 2
     assert len(asks) == 2
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 

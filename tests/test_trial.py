@@ -406,6 +406,7 @@ def worker(rank, world, experiment, port):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     try:
         train(experiment, rank=rank, world=world)
+        torch.distributed.barrier()  # gloo's threads may abort where the other rank has gone
     finally:
         torch.distributed.destroy_process_group()
 
