@@ -1,6 +1,6 @@
 """Apply: a trained run on an audio or MIDI file of any length, rate and channel count.
 
-python -m bgray.apply RUN INPUT [--output PLACE] [--overlap 0.25] [--device auto]
+python -m bgray.apply RUN INPUT [--output PLACE] [--overlap 0.25] [--checkpoint latest|best]
 python -m bgray.apply RUN --generate 4 --output FOLDER
 
 Audio is written as WAV (float32, at the input's rate and length), rolls as MIDI.
@@ -39,6 +39,12 @@ def main(argv: list[str] | None = None) -> None:
         default=0.25,
         help="share of a chunk that it has in common with the next, 0 to 0.5 (default 0.25)",
     )
+    parser.add_argument(
+        "--checkpoint",
+        choices=("latest", "best"),
+        default="latest",
+        help="best: by the run's own validation",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--generate",
@@ -53,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         from bgray.context import pick_device
         from bgray.inference import load
 
-        trained = load(args.run, pick_device(args.device))
+        trained = load(args.run, pick_device(args.device), args.checkpoint)
         start = time.perf_counter()
         if args.generate is not None:
             written = generate(trained, args.generate, args.seed, args.output or "generated")
@@ -62,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             written = separate(trained, args.input, args.output, args.overlap)
         seconds = time.perf_counter() - start
-        name = trained.experiment.name
-        print(f"{name} after {trained.step} steps, {seconds:.1f} s on {trained.device}:")
+        what = f"{trained.experiment.name} after {trained.step} steps ({args.checkpoint})"
+        print(f"{what}, {seconds:.1f} s on {trained.device}:")
         for url in written:
             print(f"  {url}")
 
@@ -82,7 +88,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def separate(trained: "Trained", source: str, output: str | None, overlap: float) -> list[str]:
     """Write every source of an audio file at the file's own rate and length; returns the places."""
-    from bgray.inference import resample, wav
+    from bgray.encoding import wav
+    from bgray.inference import resample
 
     names = trained.task.sources
     places = {name: place(source, output, name, len(names), ".wav") for name in names}

@@ -11,6 +11,7 @@ from bgray.augment import AUGMENTS
 from bgray.config import Experiment
 from bgray.losses import LOSSES, LossSum
 from bgray.models import MODELS
+from bgray.models.unet import recompute
 from bgray.optim import OPTIMIZERS, SCHEDULES
 from bgray.tasks import TASKS
 
@@ -30,7 +31,9 @@ def build_task(experiment: Experiment) -> Any:
 
 def build_model(experiment: Experiment) -> nn.Module:
     entry = MODELS[experiment.model.name]
-    return entry(**_typed(experiment.model), **_context(experiment, entry))
+    model = entry(**_typed(experiment.model), **_context(experiment, entry))
+    recompute(model, experiment.runtime.recompute)
+    return model
 
 
 def meta_model(experiment: Experiment) -> nn.Module:

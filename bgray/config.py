@@ -13,9 +13,8 @@ import pydantic
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from bgray.problems import ConfigError, Problem, names, unknown, validate, wrong
-
-STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+from bgray.problems import STRICT, ConfigError, Problem, names, unknown, validate, wrong
+from bgray.sweep_config import SWEEP_KEYS
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -58,9 +57,9 @@ class Train:
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds the weights and the stream of examples: two trials with one seed see the same data at
     the same step."""
-    precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """tf32 changes matrix products on a GPU only; bf16 is autocast with float32 weights and
-    losses."""
+    losses. auto: bf16 on a GPU that is made for it, tf32 anywhere else; run.json says which."""
     grad_clip: float | None = Field(default=1000.0, gt=0)
     """Largest global gradient norm. 1000, as the logs used, in effect only logs it. null: not even
     that."""
@@ -77,6 +76,16 @@ class Validation:
     scored."""
     clips: int = Field(default=4, ge=0)
     """How many of them are written as audio at each evaluation (the listening set)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class FeedCache:
+    """Finished work units, kept on a disk of the machine that trains."""
+
+    path: str
+    """A local folder, on NVMe best; several machines each have their own there."""
+    gib: float = Field(gt=0)
+    """Most that it may hold."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -98,17 +107,40 @@ class Runtime:
     """Training workers of one trial (DDP when more than one)."""
     gpus: float = Field(default=1.0, gt=0)
     """GPUs per training worker, where there are any; below 1 trials share one."""
+    vram: Literal["whole", "auto"] | float = "whole"
+    """GPU memory per trial, for trials of one worker. whole: as runtime.gpus says, one GPU each by
+    default. auto: a probe measures what each kind of trial holds, and they share GPUs as far as
+    that fits. A number: GiB each, the CUDA context (about half a GiB) included. Each keeps to its
+    limit; one that runs out of memory beside others is tried once more alone. Their speeds are no
+    figures to compare."""
     cpus: float | None = Field(default=None, gt=0)
     """CPUs per training worker; null: as many as fit, leaving some to Ray Data."""
     concurrency: int | None = Field(default=None, ge=1)
     """Trials at a time; null: as many as the machine holds."""
     threads: int | None = Field(default=None, ge=1)
     """torch threads per worker on the CPU; null: the worker's share of the CPUs."""
-    compile: bool = False
-    """torch.compile the model (its real-valued core)."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the model (its real-valued core). auto: on a GPU, where the steps are enough to
+    pay for it."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Record a step's kernels once and replay them, so that the GPU does not wait for Python. auto:
+    on a GPU, for trials of one worker."""
+    depthwise: Literal["auto", "library"] = "auto"
+    """Depthwise 1-d convolutions: the fastest way known for the device, or the library's."""
+    recompute: bool = False
+    """Compute each block again in the backward pass instead of keeping what is in it: a
+    quarter of what that pass keeps, for about a quarter more time. Of the U-Nets."""
     feed: Literal["auto", "ray", "process"] = "auto"
     """Who makes batches: Ray Data tasks, a thread of this process, or whichever suits the
     machine."""
+    feed_cache: FeedCache | Literal["auto", "none"] = "auto"
+    """Work units that one trial has made, for the trials after it that see the same data. auto: in
+    a sweep where some do, in <cache>/feed, with a part of the free disk."""
+    data_nodes: Literal["auto", "cpu_worker", "any"] = "auto"
+    """Machines of a cluster that make batches: those marked `cpu_worker`, any with CPUs to spare,
+    or, with auto, the marked ones where there are such machines or the cluster can add them."""
+    spot_patience_seconds: float = Field(default=120.0, gt=0)
+    """After so long without spot capacity the same machines are asked for on demand."""
     data_workers: int | None = Field(default=None, ge=1)
     """Ray Data tasks at a time per trial; null: what the machine has left."""
     stall_seconds: float = Field(default=30.0, gt=0)
@@ -117,17 +149,6 @@ class Runtime:
     """Steps between lines of metrics.jsonl; the GPU is synchronised only then."""
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; null: at every evaluation."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class Asha:
-    """Asynchronous successive halving (Li et al. 2020, arXiv:1810.05934, algorithm 2); time is
-    counted in steps."""
-
-    grace_steps: int = Field(ge=1)
-    """No trial is stopped before this step."""
-    reduction_factor: int = Field(default=3, ge=2)
-    """About one in this many goes on at each rung."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -163,6 +184,15 @@ class Experiment:
 
         The data's path is left out: moved or mirrored data is the same data.
         """
+        return digest(self._what_is_computed(data_hash))[:12]
+
+    def variant_identity(self, data_hash: str) -> str:
+        """As `identity`, the same for all seeds."""
+        raw = self._what_is_computed(data_hash)
+        raw["train"].pop("seed")
+        return digest(raw)[:12]
+
+    def _what_is_computed(self, data_hash: str) -> dict[str, Any]:
         raw = {
             key: value for key, value in self.resolved().items() if key not in ("runtime", "name")
         }
@@ -170,29 +200,14 @@ class Experiment:
         for key in ("builtin_songs", "builtin_seconds"):  # of built-in music, in `data_hash` then
             raw["data"].pop(key)
         raw["validation"].pop("clips")  # what is written, not what is computed
-        return digest(raw)[:12]
+        if self.schedule.name not in LENGTH_MATTERS:
+            raw["train"].pop("steps")
+        return raw
 
 
-@dataclass(frozen=True, config=STRICT)
-class Sweep:
-    """A base experiment and what varies: every combination of `search`, for each of `variants`."""
-
-    base: dict[str, Any]
-    """The raw experiment; each trial is this with its own overrides applied."""
-    search: dict[str, dict[str, Any] | list[Any]] = Field(default_factory=dict)
-    """Dotted path to a list (grid), or to one of {grid|choice: [...]},
-    {uniform|loguniform|randint: [low, high]}."""
-    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Name to {dotted path: value}; an empty block is the base itself."""
-    samples: int = Field(default=8, ge=1)
-    """How many draws, where the search has random entries."""
-    sample_seed: int = Field(default=0, ge=0)
-    asha: Asha | None = None
-    """null: every trial runs to its end."""
-    metric: str = "auto"
-    """What trials are compared by; auto: the first of the task's scores."""
-    mode: Literal["min", "max", "auto"] = "auto"
-    """Which way is better; auto: as the task has it for that score."""
+LENGTH_MATTERS = frozenset({"wsd"})
+"""Schedules whose rate depends on train.steps. With any other a longer run is the shorter one, gone
+on, and has its id."""
 
 
 Tables = Mapping[str, Mapping[str, Callable[..., Any]]]
@@ -208,19 +223,6 @@ def digest(value: Any) -> str:
 
 
 # --- checking
-
-SWEEP_KEYS = frozenset(f.name for f in dataclasses.fields(Sweep)) - {"base"}
-
-
-def split_sweep(raw: dict[str, Any], source: str) -> Sweep:
-    """The sweep's own keys apart from the base experiment's; a file without any is a sweep of
-    one."""
-    own = {key: raw[key] for key in raw if key in SWEEP_KEYS}
-    base = {key: raw[key] for key in raw if key not in SWEEP_KEYS}
-    sweep, problems = validate(Sweep, {**own, "base": base}, "")
-    if sweep is None:
-        raise ConfigError(source, problems)
-    return sweep
 
 
 def parse(raw: dict[str, Any], tables: Tables, source: str) -> Experiment:

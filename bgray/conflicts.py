@@ -1,6 +1,7 @@
 """What the sections of an experiment demand of each other, checked before anything starts."""
 
 import dataclasses
+import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from bgray.build import (
 )
 from bgray.config import Experiment
 from bgray.losses import LossSum, needed
-from bgray.problems import Problem
+from bgray.models.unet import recompute
+from bgray.problems import Problem, first_line
 
 
 def conflicts(experiment: Experiment) -> Iterator[Problem]:
@@ -47,6 +49,16 @@ def conflicts(experiment: Experiment) -> Iterator[Problem]:
                     f"use {near} or {near + multiple}"
                 ),
             )
+    if runtime.recompute and not recompute(model):
+        yield (
+            "runtime.recompute",
+            f"{experiment.model.name} has no blocks to recompute; leave it out",
+        )
+    if runtime.cuda_graphs is True and runtime.workers > 1:
+        yield (
+            "runtime.cuda_graphs",
+            "true is for one worker; use auto, or workers: 1",
+        )
     if train.batch_size % runtime.workers:
         yield (
             "train.batch_size",
@@ -59,6 +71,14 @@ def conflicts(experiment: Experiment) -> Iterator[Problem]:
         )
     if runtime.gpus > 1 and runtime.gpus % 1:
         yield "runtime.gpus", f"must be a whole number above 1, got {runtime.gpus:g}"
+    if runtime.vram != "whole":
+        if runtime.vram != "auto" and not 0 < runtime.vram < math.inf:
+            yield "runtime.vram", f"must be above 0 GiB, whole or auto, got {runtime.vram:g}"
+        if runtime.workers > 1:
+            yield "runtime.vram", "must be whole with runtime.workers > 1: ranks cannot share a GPU"
+        if runtime.gpus != 1:
+            text = f"shares GPUs by GiB: leave runtime.gpus = {runtime.gpus:g} out"
+            yield "runtime.vram", text
     for path in ("results", "cache"):
         url = getattr(runtime, path)
         if storage.is_remote(url) and not url.startswith("s3://"):
@@ -184,21 +204,31 @@ def _try_losses(
             yield f"loss.{name}", text.splitlines()[0]
 
 
-def _try_scores(experiment: Experiment, task: Any) -> Iterator[Problem]:
-    rate, length = experiment.data.sample_rate, validation_segment(experiment)
+def _try_scores(experiment: Experiment, task: Any) -> list[Problem]:
+    """Kept, for it takes half a second and is the same for most variants of a sweep."""
+    rate, channels = experiment.data.sample_rate, experiment.data.channels
+    shape = (1, len(task.sources), channels, validation_segment(experiment))
+    key = (json.dumps(dataclasses.asdict(experiment.task), sort_keys=True), rate, shape)
+    if key not in _tried_scores:
+        _tried_scores[key] = list(_scoring_problems(task, rate, shape))
+    return _tried_scores[key]
+
+
+_tried_scores: dict[Any, list[Problem]] = {}
+
+
+def _scoring_problems(task: Any, rate: int, shape: tuple[int, ...]) -> Iterator[Problem]:
     try:
         score = task.scorer(rate)
     except ValueError as error:
         yield "data.sample_rate", f"{rate} Hz: the task's scores cannot be computed: {error}"
         return
-    noise = torch.rand(1, len(task.sources), experiment.data.channels, length)
+    noise = torch.rand(shape)
     try:
         score(noise, noise)
     except (RuntimeError, ValueError) as error:
-        yield (
-            "validation.segment",
-            f"{length} samples cannot be scored: {str(error).splitlines()[0]}",
-        )
+        text = f"{shape[-1]} samples cannot be scored: {first_line(error)}"
+        yield "validation.segment", text
 
 
 def _silence(experiment: Experiment, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:

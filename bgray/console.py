@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bgray import storage
-from bgray.records import TIMING, read_info
+from bgray.records import ENDED, TIMING, read_info
 
 MARKS = {
     "waiting": "[dim]waiting[/]",
@@ -85,6 +85,8 @@ class Board:
             width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.stdout.isatty()
         )
         self._said: dict[str, tuple[str, Any]] = {}
+        self._warned: set[tuple[str, str]] = set()
+        self._chosen: set[str] = set()
         self._began = time.monotonic()
 
     @contextlib.contextmanager
@@ -94,6 +96,7 @@ class Board:
         for row in self.rows:  # what was there before is not news
             row.refresh()
             self._said[row.id] = (row.state, row.info.get("metrics", {}).get("step"))
+            self._warned |= {(row.id, text) for text in row.info.get("warnings") or ()}
         if any(storage.is_remote(row.url) for row in self.rows):
             seconds = max(seconds, 10.0)
         with contextlib.ExitStack() as stack:
@@ -118,10 +121,14 @@ class Board:
 
     def _tick(self, live: Live | None) -> None:
         for row in self.rows:
+            if storage.is_remote(row.url) and row.state in ENDED and row.step >= row.steps:
+                continue  # each look costs requests
             with contextlib.suppress(
                 OSError, ValueError
             ):  # storage may be away for a moment; the next look will do
                 row.refresh()
+        self._say_choices()
+        self._say_warnings()
         if live is not None:
             live.update(self.table())
             return
@@ -130,6 +137,26 @@ class Board:
             if row.info and self._said.get(row.id) != news:
                 self._said[row.id] = news
                 self.console.print(self.line(row), highlight=False, markup=False)
+
+    def _say_choices(self) -> None:
+        """What runs chose by themselves to be fast, each once: how to say otherwise, and why."""
+        for row in self.rows:
+            for text in (row.info.get("choices") or {}).get("reasons", ()):
+                if text not in self._chosen:
+                    self._chosen.add(text)
+                    self.console.print(
+                        f"chosen: {text}", style="dim", highlight=False, markup=False
+                    )
+
+    def _say_warnings(self) -> None:
+        """Those that have come into run.json; a trial's own process has no console."""
+        for row in self.rows:
+            for text in row.info.get("warnings") or ():
+                if (row.id, text) not in self._warned:
+                    self._warned.add((row.id, text))
+                    self.console.print(
+                        f"{row.label}: {text}", style="yellow", highlight=False, markup=False
+                    )
 
     def line(self, row: Row) -> str:
         """`[ 41 s] 3f2a... kernels=[7]: step 200/400, val_stft 1.23, 14.1 it/s, running`"""
@@ -186,11 +213,13 @@ def bar(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def time_to_10k(timing: dict[str, Any]) -> str:
-    """`29 min`, or `~29 min` where it was extrapolated."""
+    """`29 min`, or `~29 min` where it was extrapolated; of a run that shared its GPU, `(29 min)`,
+    which is no figure to compare."""
     seconds = timing.get("time_to_10k_steps")
     if seconds is None:
         return "-"
-    return ("~" if timing.get("time_to_10k_steps_extrapolated") else "") + duration(seconds)
+    text = ("~" if timing.get("time_to_10k_steps_extrapolated") else "") + duration(seconds)
+    return f"({text})" if timing.get("packed") else text
 
 
 def duration(seconds: float | None) -> str:

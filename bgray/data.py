@@ -1,17 +1,14 @@
-"""Work units: a batch is a pure function of (recipe, step); a thread here and Ray Data run the
-same function.
+"""Work units: a batch is a pure function of (recipe, step); whoever makes it runs the same
+function.
 
 A unit is a few row groups of the shards, taken in a seeded permutation. Each of its chunks is
-decoded once
-and many crops are cut from it, spread over several batches. Row k of unit u is drawn with a
-generator keyed
-by (seed, u, k), never by worker, process or time: so a run resumes at any step, every trial of a
-sweep sees
-the same data, and the number of workers changes nothing.
+decoded once and many crops are cut from it, spread over several batches. Row k of unit u is drawn
+with a generator keyed by (seed, u, k), never by worker, process or time: so a run resumes at any
+step, every trial of a sweep sees the same data, and the number of workers changes nothing.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -52,6 +49,8 @@ class Recipe:
     seed: int
     groups_per_unit: int
     batches_per_unit: int
+    data_hash: str = ""
+    """The manifest's: what lies at `url`."""
 
     def unit_of(self, step: int) -> int:
         return step // self.batches_per_unit
@@ -111,14 +110,20 @@ class Chunk:
         return out
 
 
+def groups_of(recipe: Recipe, unit: int) -> list[tuple[str, int]]:
+    """(shard name, row group) of a unit, in the order in which they are read."""
+    count, places = len(recipe.groups), []
+    for position in range(unit * recipe.groups_per_unit, (unit + 1) * recipe.groups_per_unit):
+        permutation = _permutation(recipe.seed, position // count, count)
+        places.append(recipe.groups[permutation[position % count]])
+    return places
+
+
 def read_groups(recipe: Recipe, unit: int) -> list[Chunk]:
     """The chunks of a unit in their drawn order: groups from a fresh permutation at each pass over
     the data."""
     chunks = []
-    count = len(recipe.groups)
-    for position in range(unit * recipe.groups_per_unit, (unit + 1) * recipe.groups_per_unit):
-        permutation = _permutation(recipe.seed, position // count, count)
-        shard, index = recipe.groups[permutation[position % count]]
+    for shard, index in groups_of(recipe, unit):
         rows = shards.read_row_group(recipe.url, shard, index, voices=recipe.task.voices)
         chunks += [Chunk(row, recipe.sample_rate) for row in rows]
     order = np.random.default_rng([recipe.seed, CHUNK_ORDER, unit]).permutation(len(chunks))
@@ -145,25 +150,30 @@ def make_unit(
     """
     chunks = read_groups(recipe, unit)
     share = recipe.batch_size // world
-    inputs, targets = [], []
-    for batch in range(recipe.batches_per_unit):
-        for row in range(rank * share, (rank + 1) * share):
-            k = batch * recipe.batch_size + row
-            if len(chunks) <= recipe.batch_size:
-                index = row * len(chunks) // recipe.batch_size
-            else:
-                index = k % len(chunks)
-            rng = np.random.default_rng([recipe.seed, ROW, unit, k])
-            x, y = recipe.task.example(chunks, index, rng, recipe.segment)
-            x, y = _augment(recipe, x, y, rng)
-            inputs.append(x)
-            targets.append(y)
-    shape = (recipe.batches_per_unit, share)
-    stacked_x, stacked_y = np.stack(inputs), np.stack(targets)
-    return (
-        stacked_x.reshape(*shape, *stacked_x.shape[1:]),  # (n, B, C, T)
-        stacked_y.reshape(*shape, *stacked_y.shape[1:]),  # (n, B, S, C, T)
-    )
+    places = [(batch, row) for batch in range(recipe.batches_per_unit) for row in range(share)]
+    inputs = targets = np.empty(0, np.int16)
+    for number, (batch, row) in enumerate(places):
+        k = batch * recipe.batch_size + rank * share + row
+        x, y = example(recipe, chunks, unit, k)
+        if number == 0:
+            shape = (recipe.batches_per_unit, share)
+            inputs = np.empty((*shape, *x.shape), np.int16)  # (n, B, C, T)
+            targets = np.empty((*shape, *y.shape), np.int16)  # (n, B, S, C, T)
+        elif (x.shape, y.shape) != (inputs.shape[2:], targets.shape[2:]):
+            raise ValueError(f"example {k} of unit {unit} has shapes {x.shape} and {y.shape}")
+        inputs[batch, row], targets[batch, row] = x, y
+    return inputs, targets
+
+
+def example(recipe: Recipe, chunks: list[Chunk], unit: int, k: int) -> tuple[Any, Any]:
+    """Row k of a unit, counted through its batches: (C, T) and (S, C, T), int16."""
+    if len(chunks) <= recipe.batch_size:
+        index = k % recipe.batch_size * len(chunks) // recipe.batch_size
+    else:
+        index = k % len(chunks)
+    rng = np.random.default_rng([recipe.seed, ROW, unit, k])
+    x, y = recipe.task.example(chunks, index, rng, recipe.segment)
+    return _augment(recipe, x, y, rng)
 
 
 def _augment(recipe: Recipe, x: np.ndarray, y: np.ndarray, rng: np.random.Generator):
@@ -183,88 +193,6 @@ def _augment(recipe: Recipe, x: np.ndarray, y: np.ndarray, rng: np.random.Genera
     scale = 32768 * min(1.0, room / 32768 / max(peak, 1e-9))
     x, *sources = (np.rint(voice * scale).astype(np.int16) for voice in voices)
     return np.sum(sources, axis=0, dtype=np.int16) if additive else x, np.stack(sources)
-
-
-# --- feeds: the same units, made here or by Ray Data
-
-
-def in_process(
-    recipe: Recipe, start: int, stop: int, rank: int = 0, world: int = 1
-) -> Iterator[Batch]:
-    """Batches of steps [start, stop), made by the thread that asks."""
-    for unit in range(recipe.unit_of(start), recipe.unit_of(stop - 1) + 1):
-        yield from _batches(recipe, unit, *make_unit(recipe, unit, rank, world), start, stop)
-
-
-def on_ray(
-    recipe: Recipe,
-    start: int,
-    stop: int,
-    rank: int = 0,
-    world: int = 1,
-    *,
-    workers: int | None = None,
-    cpus: float = 1,
-) -> Iterator[Batch]:
-    """The same batches from Ray Data tasks on any CPU node: one execution from `start` to `stop`.
-
-    workers: tasks at a time (null: as many as there are CPUs); cpus: what each of them asks for.
-    """
-    import ray
-    from ray.data._internal.datasource.range_datasource import RangeDatasource
-
-    first, last = recipe.unit_of(start), recipe.unit_of(stop - 1)
-    count = last - first + 1
-    # ray.data.range would ask for a whole CPU per read; asking for the same share lets Ray fuse
-    # reading and making into one task per unit.
-    ids = RangeDatasource(n=count, block_format="arrow", column_name="id")
-    dataset = ray.data.read_datasource(ids, num_cpus=cpus, override_num_blocks=count).map_batches(
-        _unit_block,  # type: ignore[arg-type]  # Ray's type leaves fn_kwargs out
-        batch_size=1,
-        fn_kwargs={"recipe": recipe, "first": first, "rank": rank, "world": world},
-        num_cpus=cpus,
-        concurrency=workers,
-    )
-    # A work unit must arrive in its turn, whichever task finishes first.
-    dataset.context.execution_options.preserve_order = True
-    blocks: Iterator[Any] = iter(
-        dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
-    )
-    expected = first
-    try:
-        for block in blocks:
-            units = np.unique(block["unit"])
-            if units.tolist() != [expected] or len(block["unit"]) != recipe.batches_per_unit:
-                raise RuntimeError(
-                    f"Ray Data delivered units {units.tolist()} with {len(block['unit'])} "
-                    f"batches where unit {expected} "
-                    f"with {recipe.batches_per_unit} was due: blocks were dropped or reordered"
-                )
-            yield from _batches(recipe, expected, block["inputs"], block["targets"], start, stop)
-            expected += 1
-        if expected != last + 1:
-            raise RuntimeError(
-                f"Ray Data ended after unit {expected - 1}; unit {last} was to be the last"
-            )
-    finally:
-        close = getattr(blocks, "close", None)
-        if close:
-            close()
-
-
-def _unit_block(rows: Any, *, recipe: Recipe, first: int, rank: int, world: int) -> Any:
-    (unit,) = (int(i) + first for i in rows["id"])
-    inputs, targets = make_unit(recipe, unit, rank, world)
-    return {"unit": np.full(len(inputs), unit), "inputs": inputs, "targets": targets}
-
-
-def _batches(
-    recipe: Recipe, unit: int, inputs: np.ndarray, targets: np.ndarray, start: int, stop: int
-):
-    for i in range(recipe.batches_per_unit):
-        step = unit * recipe.batches_per_unit + i
-        if start <= step < stop:
-            yield Batch(step, inputs[i], targets[i])
 
 
 # --- validation
@@ -368,16 +296,8 @@ def validation_set(
         if audible(crop[1] / task.full_scale) and scorable(*crop):
             picked.append(i)
     if not picked:
-        raise ConfigError(
-            url,
-            [
-                (
-                    "",
-                    f"all {len(chunks)} validation crops of {segment} samples are silent, or hold "
-                    "nothing to score",
-                )
-            ],
-        )
+        text = f"all {len(chunks)} validation crops of {segment} samples are silent, or hold "
+        raise ConfigError(url, [("", text + "nothing to score")])
     return Validation(
         url=url,
         task=task,
@@ -393,5 +313,10 @@ def training_recipe(manifest: "shards.Manifest", url: str, task: Any, **options:
         (s.name, g) for s in manifest.shards if s.split == "train" for g in range(s.row_groups)
     ]
     return Recipe(
-        url=url, groups=tuple(groups), task=task, sample_rate=manifest.sample_rate, **options
+        url=url,
+        groups=tuple(groups),
+        task=task,
+        sample_rate=manifest.sample_rate,
+        data_hash=manifest.hash,
+        **options,
     )

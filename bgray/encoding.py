@@ -6,12 +6,26 @@ Lossless both; what is damaged does not decode. C channels, P pitches, T samples
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import soundfile
 
 ROLL_MAGIC = b"ROLL"
 ROLL_HEADER = struct.Struct("<4sHI")  # magic, P, T
+
+
+def to_int16(audio: Any) -> np.ndarray:
+    """Float audio, full scale 1, as int16; what is louder is clipped, not rescaled."""
+    return np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int16)
+
+
+def wav(audio: np.ndarray, sample_rate: int) -> bytes:
+    """(C, T) as a WAV file: int16 as 16 bits, floats as float32, which nothing clips."""
+    buffer = io.BytesIO()
+    subtype = "PCM_16" if audio.dtype == np.int16 else "FLOAT"
+    soundfile.write(buffer, audio.T, sample_rate, format="WAV", subtype=subtype)
+    return buffer.getvalue()
 
 
 class Corrupt(ValueError):

@@ -1,6 +1,7 @@
 """Evaluate: trained runs on whole tracks, scored as papers print it: BSSEval v4, uSDR, SI-SDR.
 
-python -m bgray.evaluate RUN [RUN ...] [--tracks FOLDER] [--seconds 30] [--device auto]
+python -m bgray.evaluate RUN [RUN ...] [--tracks FOLDER] [--seconds 30]
+    [--checkpoint latest|best] [--device auto]
 
 Writes <run>/evaluation/scores.json, and box plots of all runs beside the first one's; scores of
 other tracks, or of parts of them, get names of their own.
@@ -10,14 +11,18 @@ import argparse
 import json
 import math
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bgray import storage
 from bgray.config import ConfigError, digest
+from bgray.encoding import to_int16
 from bgray.tracks import Track, find
 from bgray.train import errors_in_one_line
+
+if TYPE_CHECKING:
+    from bgray.inference import Trained
 
 MANY = 3  # tracks from which on Ray spreads them over the machine
 UNCHANGED = "unprocessed input"
@@ -37,6 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, help="only the beginning of each track")
     parser.add_argument("--limit", type=int, help="only the first so many tracks")
     parser.add_argument("--overlap", type=float, default=0.25, help="of chunks, 0 to 0.5")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("latest", "best"),
+        default="latest",
+        help="best: by the run's own validation, which flatters; do not compare runs by it",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     with errors_in_one_line(resumes=False):
@@ -50,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
                 limit=args.limit,
                 overlap=args.overlap,
                 device=args.device,
+                checkpoint=args.checkpoint,
             )
             results[url.rstrip("/")] = result
             show(result)
@@ -77,6 +89,7 @@ def evaluate(
     limit: int | None = None,
     overlap: float = 0.25,
     device: str = "auto",
+    checkpoint: str = "latest",
 ) -> dict[str, Any]:
     """Score a run on whole tracks and write <run>/evaluation/scores.json; returns what is in it.
 
@@ -89,18 +102,21 @@ def evaluate(
     from bgray.inference import load
 
     chosen = pick_device(device)
-    trained = load(url, chosen)
+    trained = load(url, chosen, checkpoint)
     if trained.task.kind != "audio":
         raise ConfigError(url, [("", "is a piano-roll run: its validation scores are whole")])
     source = tracks or prepare_data(trained.experiment).url
     found = [track.head(seconds) for track in find(source)][:limit]
     _check(trained, found, source)
-    jobs = [(url, track, overlap, str(chosen)) for track in found]
-    scored = _on_ray(jobs) if len(jobs) >= MANY else [evaluate_track(*job) for job in jobs]
+    if len(found) >= MANY:
+        scored = _on_ray([(url, track, overlap, str(chosen), checkpoint) for track in found])
+    else:
+        scored = [evaluate_track(trained, track, overlap) for track in found]
     named = dict(zip((track.name for track in found), scored, strict=True))
     result: dict[str, Any] = {
         "run": url,
         "step": trained.step,
+        "checkpoint": checkpoint,
         "source": source,
         "seconds": seconds,
         "limit": limit,
@@ -115,24 +131,22 @@ def evaluate(
         result |= {"bss": by_track, "bss_medians": over_tracks(by_track)}
     whole = tracks is None and seconds is None and limit is None
     mark = "" if whole else f"-{digest([source, seconds, limit])[:8]}"
+    mark = mark if checkpoint == "latest" else f"-{checkpoint}{mark}"
     result["place"] = storage.join(url, "evaluation", f"scores{mark}.json")
     storage.write_bytes(result["place"], json.dumps(finite(result), indent=1).encode() + b"\n")
     return result
 
 
-def evaluate_track(url: str, track: Track, overlap: float, device: str) -> dict[str, Any]:
+def evaluate_track(trained: "Trained", track: Track, overlap: float) -> dict[str, Any]:
     """{task, input: metric to value; bss: source to metric to dB} of one track."""
     import torch
 
     from bgray.bss import score_track
     from bgray.data import Chunk
-    from bgray.inference import load
 
-    trained = load(url, torch.device(device))
     task = task_for(trained.task, track)
     audio = track.load(task.voices)  # (V, C, T) float32
-    as_read = np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int16)
-    chunk = Chunk.whole(dict(zip(task.voices, as_read, strict=True)), track.sample_rate)
+    chunk = Chunk.whole(dict(zip(task.voices, to_int16(audio), strict=True)), track.sample_rate)
     x, y = task.example([chunk], 0, None, track.frames)  # (C, T), (S, C, T) int16
     inputs, target = (sound.astype(np.float32) / task.full_scale for sound in (x, y))
     estimate = trained(inputs, overlap)
@@ -179,13 +193,24 @@ def _check(trained: Any, tracks: list[Track], source: str) -> None:
         raise ConfigError(source, problems)
 
 
-def _on_ray(jobs: list[tuple[str, Track, float, str]]) -> list[dict[str, Any]]:
+def load_and_evaluate(
+    url: str, track: Track, overlap: float, device: str, checkpoint: str
+) -> dict[str, Any]:
+    """`evaluate_track` in another process, which has the run to load."""
+    import torch
+
+    from bgray.inference import load
+
+    return evaluate_track(load(url, torch.device(device), checkpoint), track, overlap)
+
+
+def _on_ray(jobs: list[tuple[str, Track, float, str, str]]) -> list[dict[str, Any]]:
     """The same in tasks of their own, one to a CPU (and to a GPU, where the run is on one)."""
-    from bgray.cluster import ray_session
+    from bgray.session import ray_session
 
     with ray_session() as ray:
         gpus = 1 if jobs[0][3] == "cuda" else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus)(evaluate_track)
+        remote = ray.remote(num_cpus=1, num_gpus=gpus)(load_and_evaluate)
         return ray.get([remote.remote(*job) for job in jobs])
 
 
@@ -208,10 +233,8 @@ def show(result: dict[str, Any]) -> None:
 
     count = len(result["task"])
     run = "/".join(result["run"].split("/")[-2:])
-    table = Table(
-        title=f"{run} after {result['step']} steps: medians over {count} tracks",
-        title_justify="left",
-    )
+    which = f"{run} after {result['step']} steps ({result['checkpoint']})"
+    table = Table(title=f"{which}: medians over {count} tracks", title_justify="left")
     medians = result.get("bss_medians")
     if medians:
         for column in ("target", *METRICS):
@@ -249,6 +272,6 @@ def draw(results: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    from bgray.evaluate import main  # so that Ray pickles evaluate_track by reference
+    from bgray.evaluate import main  # so that Ray pickles load_and_evaluate by reference
 
     main()

@@ -33,7 +33,8 @@ def read_overridden(source: str, overrides: tuple[str, ...] = ()) -> dict[str, A
     by the search, is changed within it: `loss.l1=5` keeps the other parts."""
     raw = read(source)
     paths = [item.partition("=")[0] for item in overrides]
-    blocks = [raw.get("search"), *(raw.get("variants") or {}).values()]
+    variants = raw.get("variants")
+    blocks = [raw.get("search"), *(variants.values() if isinstance(variants, dict) else ())]
     paths += [path for block in blocks if isinstance(block, dict) for path in block]
     if "loss" not in raw and any(str(path).startswith("loss.") for path in paths):
         raw["loss"] = dict(getattr(task_entry(raw, TASKS), "default_loss", {}))

@@ -1,7 +1,6 @@
 """A trained run used on sound: load it, and pass audio of any length, rate and channel count
 through it."""
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +13,12 @@ from bgray import checkpoint, storage
 from bgray.build import build_model, build_task, validation_segment
 from bgray.config import ConfigError, Experiment
 from bgray.experiment import resolve
-from bgray.loop import split_extras
+from bgray.step import split_extras
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model with the weights of its last checkpoint."""
+    """A run's model with the weights of its latest checkpoint, or of its best."""
 
     url: str
     experiment: Experiment
@@ -46,18 +45,23 @@ class Trained:
         return np.concatenate([output.mean(axis=1, keepdims=True) for output in outputs], axis=1)
 
 
-def load(url: str, device: torch.device) -> Trained:
-    """The run in a folder `<results>/<name>/<id>`; ConfigError where there is none, or no
-    checkpoint yet."""
+def load(url: str, device: torch.device, which: str = "latest") -> Trained:
+    """The run in a folder `<results>/<name>/<id>`; ConfigError where there is none, or no such
+    checkpoint yet.
+
+    which: `latest`, or `best`, by the task's first score on the run's own validation items: a
+      choice that flatters, so runs are never compared by it.
+    """
     try:
         raw = yaml.safe_load(storage.read_bytes(storage.join(url, "experiment.yaml")))
     except (FileNotFoundError, NotADirectoryError):
         text = "holds no run (no experiment.yaml); give a folder <results>/<name>/<id>"
         raise ConfigError(url, [("", text)]) from None
     experiment = resolve(raw, storage.join(url, "experiment.yaml"))
-    saved = checkpoint.load(url)
+    saved = checkpoint.load(url, which=which)
     if saved is None:
-        raise ConfigError(url, [("", "has no checkpoint yet; let it reach its first evaluation")])
+        kind = "best checkpoint" if which == checkpoint.BEST else "checkpoint"
+        raise ConfigError(url, [("", f"has no {kind} yet; let it reach its first evaluation")])
     model = build_model(experiment)
     model.load_state_dict(saved["model"])
     model.to(device).eval()
@@ -131,12 +135,3 @@ def resample(audio: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     import soxr
 
     return np.ascontiguousarray(soxr.resample(audio.T, rate, wanted, quality="HQ").T)
-
-
-def wav(audio: np.ndarray, sample_rate: int) -> bytes:
-    """(C, T) as a WAV file of float32, which nothing clips."""
-    import soundfile
-
-    buffer = io.BytesIO()
-    soundfile.write(buffer, audio.T, sample_rate, format="WAV", subtype="FLOAT")
-    return buffer.getvalue()

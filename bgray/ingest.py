@@ -20,8 +20,10 @@ import numpy as np
 
 from bgray import layouts, shards, sources, storage
 from bgray.config import ConfigError, digest
+from bgray.encoding import to_int16
 from bgray.layouts import Item
 from bgray.plan import LATER, SPLITS, Job, choice, chunk_seconds, listing, make_plan, sha, way_out
+from bgray.resources import data_placement, of_cluster
 from bgray.shards import CHUNK_SECONDS, Manifest, Options, Row, Shard
 from bgray.sources import PIECE, Rejected
 
@@ -130,12 +132,14 @@ def _run(jobs: list[Job], workers: int | None) -> Iterator[dict[str, Any]]:
     if workers == 0 or len(jobs) <= 1:  # Ray takes longer to start than one shard to write
         yield from map(write_shard, jobs)
         return
-    from bgray.cluster import ray_session
+    from bgray.session import ray_session
 
     with ray_session() as ray:
         rows = [{"job": pickle.dumps(job)} for job in jobs]
         dataset = ray.data.from_items(rows, override_num_blocks=len(jobs))
-        for row in dataset.map(_write_row, num_cpus=1, concurrency=workers).iter_rows():
+        place = data_placement("auto", of_cluster(ray)) or None
+        written = dataset.map(_write_row, num_cpus=1, resources=place, concurrency=workers)
+        for row in written.iter_rows():
             yield json.loads(row["report"])
 
 
@@ -231,7 +235,7 @@ def _chunks(item: Item, clip: sources.Clip, job: Job) -> list[Row]:
     )
     whole = {name: clip.voices[name] for name in job.voices}  # each (C, T)
     if kind == "audio":
-        whole, bounds = {name: _int16(v) for name, v in whole.items()}, chunk_bounds(length, rate)
+        whole, bounds = {name: to_int16(v) for name, v in whole.items()}, chunk_bounds(length, rate)
     else:
         bounds = piece_bounds(length)
     rows = []
@@ -251,11 +255,6 @@ def chunk_bounds(length: int, sample_rate: int) -> list[tuple[int, int]]:
 def piece_bounds(length: int) -> list[tuple[int, int]]:
     """(start, end) of each whole piece of a roll, in steps; the rest of it is left out."""
     return [(i * PIECE, (i + 1) * PIECE) for i in range(length // PIECE)]
-
-
-def _int16(audio: np.ndarray) -> np.ndarray:
-    # Only exactly full scale is above the largest number; the clip's gain took care of the rest.
-    return np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
 
 
 # --- the destination ------------------------------------------------------------------------------

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from bgray import data
+from bgray import feed
 from bgray.build import build_task
 from bgray.config import Experiment
 from bgray.experiment import Prepared, build_recipe
-from bgray.loop import to_device
+from bgray.transfer import to_device
 
 OBSERVED_EXAMPLES = 256
 """Training inputs from which a model takes its input statistics."""
@@ -22,5 +22,5 @@ def observe_inputs(
     if not hasattr(model, "observe"):
         return
     recipe, task = build_recipe(experiment, prepared), build_task(experiment)
-    batches = data.in_process(recipe, 0, -(-OBSERVED_EXAMPLES // experiment.train.batch_size))
+    batches = feed.in_process(recipe, 0, -(-OBSERVED_EXAMPLES // experiment.train.batch_size))
     model.observe(to_device(batch.inputs, device, task.full_scale) for batch in batches)

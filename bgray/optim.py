@@ -3,18 +3,18 @@
 import copy
 import functools
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from math import inf
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim.adamw import adamw as adamw_update
 from torch.utils._pytree import tree_map_only
 
+from bgray.muon import Muon
+from bgray.problems import refuse
 from bgray.schedules import SCHEDULES as SCHEDULES
-from bgray.schedules import Ranges, out_of_range, refuse
+from bgray.schedules import Ranges, out_of_range
 from bgray.schedules import set_lr as set_lr
 
 Group = dict[str, Any]
@@ -92,11 +92,23 @@ def checked(build: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.
 
     @functools.wraps(build)
     def checked_build(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
-        refuse(build.__name__, check(**options))  # the defaults are in range
+        refuse(check(**options), build.__name__)  # the defaults are in range
         return build(model, **options)
 
     checked_build.__dict__["check"] = check
     return checked_build
+
+
+def _one_group(model: nn.Module, optimizer: str, weight_decay: float) -> tuple[Group, bool | None]:
+    """(a group of all trainable parameters, whether torch can update them in few kernels)."""
+    params = _trainable(model, lambda role, p: True)
+    group = {"params": params, "optimizer": optimizer, "weight_decay": weight_decay}
+    return group, _fusible(params) or None
+
+
+def _fusible(params: list[nn.Parameter]) -> bool:
+    # Also on a CPU, where a third to a quarter of the time is left.
+    return all(p.device.type in ("cuda", "cpu") for p in params)
 
 
 @checked
@@ -109,9 +121,7 @@ def adamw(
     weight_decay: float = 0.01,
 ) -> torch.optim.Optimizer:
     """torch's AdamW, one group: weight decay is for every role, as in the logs."""
-    params = _trainable(model, lambda role, p: True)
-    group: Group = {"params": params, "optimizer": "adamw", "weight_decay": weight_decay}
-    fused = all(p.is_cuda for p in params) or None
+    group, fused = _one_group(model, "adamw", weight_decay)
     return torch.optim.AdamW([group], lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
 
@@ -125,9 +135,7 @@ def adam(
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
     """torch's Adam, one group; `weight_decay` is L2, added to the gradient before the moments."""
-    params = _trainable(model, lambda role, p: True)
-    group: Group = {"params": params, "optimizer": "adam", "weight_decay": weight_decay}
-    fused = all(p.is_cuda for p in params) or None
+    group, fused = _one_group(model, "adam", weight_decay)
     return torch.optim.Adam([group], lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
 
@@ -141,85 +149,9 @@ def sgd(
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
     """torch's SGD, one group; `weight_decay` is L2. Without momentum Nesterov's step is plain."""
-    params = _trainable(model, lambda role, p: True)
-    group: Group = {"params": params, "optimizer": "sgd", "weight_decay": weight_decay}
+    group, fused = _one_group(model, "sgd", weight_decay)
     nesterov = nesterov and momentum > 0  # torch refuses the other, which is the same
-    fused = all(p.is_cuda for p in params) or None
     return torch.optim.SGD([group], lr=lr, momentum=momentum, nesterov=nesterov, fused=fused)
-
-
-def orthogonalize(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
-    """(K, rows, cols) -> the same shape in `dtype`, each matrix with singular values near 1.
-
-    Newton-Schulz iteration with the coefficients of https://kellerjordan.github.io/posts/muon/:
-    fast rather than convergent, so the singular values end anywhere in about [0.7, 1.2].
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    rows, cols = matrices.shape[-2:]
-    x = matrices.to(dtype)
-    x = x.mT if rows > cols else x  # the Gram matrix of the short side
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT  # (K, short, short)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if rows > cols else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon and AdamW in one object: each group says in `optimizer` which of the two updates it.
-
-    A Muon group holds lr, momentum, nesterov, weight_decay, ns_steps and ns_dtype; an AdamW group
-    lr, betas, eps, weight_decay and fused. Matrices of one shape go through one batched product;
-    against one at a time that differs by rounding only.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        loss = torch.enable_grad()(closure)() if closure else None
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                (self._muon if group["optimizer"] == "muon" else self._adamw)(group, params)
-        return loss
-
-    def _muon(self, group: Group, params: list[Any]) -> None:
-        shapes = defaultdict(list)
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-            update = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)
-            if group["nesterov"]:
-                update = p.grad.add(update, alpha=group["momentum"])
-            shapes[p.shape[0], p.numel() // p.shape[0], p.dtype, p.device].append((p, update))
-
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[group["ns_dtype"]]
-        for (rows, cols, *_), members in shapes.items():
-            stacked = torch.stack([update.reshape(rows, cols) for _, update in members])
-            stacked = orthogonalize(stacked, group["ns_steps"], dtype)  # (K, rows, cols)
-            lr = group["lr"] * max(1.0, rows / cols) ** 0.5
-            for (p, _), update in zip(members, stacked, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.reshape(p.shape), alpha=-lr)
-
-    def _adamw(self, group: Group, params: list[Any]) -> None:
-        for p in params:
-            if not self.state[p]:  # "step" lives where torch.optim.AdamW keeps it
-                device = p.device if group["fused"] else "cpu"
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                self.state[p] |= {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
-        adamw_update(
-            params=params,
-            grads=[p.grad for p in params],
-            exp_avgs=[self.state[p]["exp_avg"] for p in params],
-            exp_avg_sqs=[self.state[p]["exp_avg_sq"] for p in params],
-            max_exp_avg_sqs=[],
-            state_steps=[self.state[p]["step"] for p in params],
-            amsgrad=False,
-            maximize=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            **{key: group[key] for key in ("lr", "eps", "weight_decay", "fused")},
-        )
 
 
 @checked
@@ -261,7 +193,7 @@ def muon(
     first |= {"ns_steps": ns_steps, "ns_dtype": ns_dtype}
     second: Group = {"params": others, "optimizer": "adamw", "betas": tuple(betas), "eps": eps}
     second |= {"lr": lr / 10 if adamw_lr is None else adamw_lr, "weight_decay": adamw_weight_decay}
-    second |= {"fused": all(p.is_cuda for p in others)}
+    second |= {"fused": _fusible(others)}
     return Muon([first, second] if others else [first], defaults={})
 
 

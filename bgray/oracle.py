@@ -22,10 +22,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from bgray import plateau, storage, tracks
-from bgray.config import STRICT, digest
+from bgray.config import digest
 from bgray.document import override, read
+from bgray.leases import held
 from bgray.metrics import usdr
-from bgray.problems import ConfigError, Problem, validate
+from bgray.problems import STRICT, ConfigError, Problem, validate
 from bgray.records import read_lines
 from bgray.tracks import Track
 
@@ -120,7 +121,9 @@ def run(raw: dict[str, Any], source: str, dry: bool) -> int:
     )
     if dry:
         return 0
-    compute(tasks, scores, url, console)
+    with held(url, console.print, what=question.name, option="oracle.results"):
+        scores |= read_scores(url)  # of a process that has just ended
+        compute(tasks, scores, url, console)
     resting = {}
     for track in found:
         sdr = scores[content(track), *settings[0]]["sdr_db"]
@@ -317,8 +320,7 @@ def compute(tasks: list[Task], scores: dict[Key, Row], url: str, console: Consol
     with bar(console, "scoring") as progress:
         try:
             for rows in _scored(tasks):
-                for row in rows:
-                    scores[row["content"], row["window"], row["noverlap_ratio"]] = row
+                scores |= {(r["content"], r["window"], r["noverlap_ratio"]): r for r in rows}
                 done += len(rows)
                 progress(done, total)
                 if time.monotonic() - saved > SAVE_SECONDS:
@@ -337,7 +339,7 @@ def _scored(tasks: list[Task]) -> Iterator[list[Row]]:
     if (time.perf_counter() - started) * len(tasks[1:]) < RAY_SECONDS:
         yield from (score(*task) for task in tasks[1:])
         return
-    from bgray.cluster import ray_session
+    from bgray.session import ray_session
 
     with ray_session() as ray:
         remote = ray.remote(num_cpus=1)(score)

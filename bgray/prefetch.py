@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ class Prefetched:
     TimeoutError.
     Errors of the iterator are raised where the batch is asked for. Use as a context manager:
     leaving stops the thread.
+    stop: asked while nothing comes; once it is true the stream ends, and `asked` is true.
     """
 
     def __init__(
@@ -26,10 +28,12 @@ class Prefetched:
         ahead: int = 4,
         stall_seconds: float = 30.0,
         on_stall: Callable[[float], None] = lambda seconds: None,
+        stop: Callable[[], object] = lambda: False,
     ):
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._batches, self._stall_seconds, self._on_stall = batches, stall_seconds, on_stall
+        self._ask, self.asked = stop, False
         self._thread = threading.Thread(target=self._work, name="bgray-feed", daemon=True)
 
     def __enter__(self) -> "Prefetched":
@@ -74,8 +78,13 @@ class Prefetched:
 
     def _get(self) -> Any:
         for stalls in range(1, 21):
-            with contextlib.suppress(queue.Empty):
-                return self._queue.get(timeout=self._stall_seconds)
+            deadline = time.monotonic() + self._stall_seconds
+            while (left := deadline - time.monotonic()) > 0:
+                with contextlib.suppress(queue.Empty):
+                    return self._queue.get(timeout=min(1.0, left))
+                if self._ask():
+                    self.asked = True
+                    return None
             self._on_stall(stalls * self._stall_seconds)
         raise TimeoutError(
             f"no batch for {20 * self._stall_seconds:.0f} s; see the reasons given above"

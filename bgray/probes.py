@@ -2,6 +2,7 @@
 data, memory peaks."""
 
 import contextlib
+import re
 import resource
 import sys
 import time
@@ -24,7 +25,7 @@ COUNTERS = (
 )
 WARM_UP_STEPS = 3
 """First steps of a process: allocation, autotuning, compilation. Timed apart, and left out of the
-speed."""
+speed; more of them where a CUDA graph is recorded."""
 
 
 class Clock:
@@ -36,7 +37,12 @@ class Clock:
     that is counted is the host's, an upper bound of what the GPU waited.
     """
 
-    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        device: torch.device,
+        now: Callable[[], float] = time.perf_counter,
+        warm_up_steps: int = WARM_UP_STEPS,
+    ):
         self.device, self._now = device, now
         self.steps = 0  # timed ones
         self.warm_up_steps = 0
@@ -45,7 +51,7 @@ class Clock:
         self.data_wait_seconds = 0.0
         self.warm_up_seconds = 0.0
         self.other_seconds = 0.0  # validation, checkpoints, clips
-        self._warm_up_left = WARM_UP_STEPS
+        self._warm_up_left = warm_up_steps
         self._mark = now()
         self._steps_since = 0
         self._wait_since = 0.0
@@ -125,6 +131,22 @@ class Clock:
     def restore(self, state: dict[str, float | None]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+
+def out_of_memory(
+    device: torch.device, error: BaseException, limit_gib: float | None
+) -> dict[str, float | None]:
+    """How much it was, for run.json: peaks up to the error, the allocation that failed (None where
+    its text does not say), and the limit under which it ran (None: the whole GPU). All in GiB."""
+    found = re.search(r"Tried to allocate ([0-9.]+) (bytes|KiB|MiB|GiB)", str(error))
+    unit = {"bytes": 1 / GIB, "KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0}
+    seen = memory(device)
+    return {
+        "asked_gib": round(float(found[1]) * unit[found[2]], 3) if found else None,
+        "peak_gib": seen["vram_peak_gib"],
+        "reserved_gib": seen["vram_reserved_gib"],
+        "limit_gib": None if limit_gib is None else round(limit_gib, 3),
+    }
 
 
 def reset_memory(device: torch.device) -> None:

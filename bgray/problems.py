@@ -8,6 +8,8 @@ from typing import Any
 
 import pydantic
 
+STRICT = pydantic.ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
 Problem = tuple[str, str]
 """(path in the file, what is wrong and the way out)."""
 
@@ -25,6 +27,11 @@ class ConfigError(ValueError):
         self,
     ):  # an exception is rebuilt from args by default, which here is the finished text
         return ConfigError, (self.source, self.problems)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the rest; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 def validate(
@@ -116,3 +123,11 @@ def unknown(name: str, known: Iterable[str], what: str = "name") -> str:
     if near:
         return f"unknown {what}, did you mean '{near[0]}'?"
     return f"unknown {what} '{name}'" + (f"; there is {', '.join(known)}" if known else "")
+
+
+def refuse(problems: Iterable[Problem], where: str = "") -> None:
+    """ValueError with all `problems` of some options, if there are any."""
+    found = list(problems)
+    if found:
+        indent, head = ("  ", [f"{where}:"]) if where else ("", [])
+        raise ValueError("\n".join([*head, *(f"{indent}{name}: {text}" for name, text in found)]))

@@ -8,12 +8,15 @@ import torch.distributed
 from torch import Tensor, nn
 
 from bgray.config import ConfigError
+from bgray.records import CTRL_C, NOTICE
+
+REASONS = ("", CTRL_C, NOTICE)
+"""To stop early, as a rank tells the others."""
 
 
 def agree_on_start(step: int, url: str) -> None:
     """Ranks that see different checkpoints would train different steps, or wait for ever."""
-    steps: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(steps, step)
+    steps = together(step)
     if len(set(steps)) > 1:
         raise ConfigError(
             url,
@@ -34,6 +37,13 @@ def average(values: Tensor) -> Tensor:
     return total / torch.distributed.get_world_size()
 
 
+def together(value: Any) -> list[Any]:
+    """What each rank has, in their order."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def share_buffers(model: nn.Module) -> None:
     """Rank 0's buffers everywhere: DDP does so before each training step, so that after the last
     one the ranks' running means of batch norm differ."""
@@ -41,15 +51,18 @@ def share_buffers(model: nn.Module) -> None:
         torch.distributed.broadcast(buffer, 0)
 
 
-def stop_together(stop: Callable[[], bool], every: int, device: torch.device) -> Callable[[], bool]:
-    """Ranks must leave at the same step, so they ask each other, at every `every`-th question."""
+def stop_together(stop: Callable[[], str], every: int, device: torch.device) -> Callable[[], str]:
+    """Ranks must leave at the same step, so they ask each other, at every `every`-th question; the
+    weightiest reason of any of them is that of all."""
     asked = 0
 
-    def ask() -> bool:
+    def ask() -> str:
         nonlocal asked
         asked += 1
         if asked % every:
-            return False
-        return bool(average(torch.tensor(float(stop()), device=device)).item() > 0)
+            return ""
+        reason = torch.tensor(REASONS.index(stop()), device=device)
+        torch.distributed.all_reduce(reason, torch.distributed.ReduceOp.MAX)
+        return REASONS[int(reason.item())]
 
     return ask

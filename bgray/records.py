@@ -5,12 +5,10 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
-import subprocess
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +16,12 @@ import yaml
 
 from bgray import storage
 from bgray.config import ConfigError, Experiment
+from bgray.holder import alive as alive
+from bgray.holder import process
+from bgray.lines import as_text, naming
+from bgray.lines import read_lines as read_lines
+from bgray.problems import first_line
+from bgray.provenance import changes_apart, machine, news
 
 State = Literal[
     "running", "finished", "stopped", "diverged", "out_of_memory", "interrupted", "failed"
@@ -28,20 +32,13 @@ loss that is not finite. The others (a crash, Ctrl-C, a full disk, too little GP
 their last checkpoint."""
 
 PRUNED = "pruned by ASHA"
-DIFF_LIMIT = 20_000  # characters of uncommitted changes that a record keeps
+CTRL_C = "Ctrl-C"
+NOTICE = "its machine is about to be taken away"
+"""Why a run stopped early with a checkpoint: somebody asked, or a spot machine's notice came."""
+MAX_DEATHS = 3
+"""So many starts of one session that got no further than each other end a run."""
 
 METRICS, TIMING, ITEMS = "metrics.jsonl", "timing.jsonl", "validation_items.jsonl"
-PACKAGES = (
-    "torch",
-    "torchaudio",
-    "ray",
-    "numpy",
-    "pyarrow",
-    "auraloss",
-    "heavyball",
-    "soundfile",
-    "soxr",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +66,9 @@ class Run:
         self.id, self.data_hash = experiment.identity(data_hash), data_hash
         self._lines: dict[str, list[str]] = {}
         self._dirty: set[str] = set()
+        self._token = uuid.uuid4().hex
+        self._begun = False
+        self._known: tuple[int, ...] = ()
         self._refuse_another(experiment, data_hash)
         storage.write_bytes(
             storage.join(url, "experiment.yaml"),
@@ -82,11 +82,14 @@ class Run:
             return
         try:
             old, new = yaml.safe_load(storage.read_bytes(path)), experiment.resolved()
-        except yaml.YAMLError as error:
+            if not isinstance(old, dict):
+                raise ValueError("no config")
+        except (yaml.YAMLError, ValueError) as error:
             raise _damaged(path, error) from None
         ignored = ("runtime", "name")
         found = sorted(_differences(_drop(old, ignored), _drop(new, ignored)))
-        found = [line for line in found if not line.startswith("data.path")]
+        # The same data elsewhere; the same run for longer.
+        found = [line for line in found if not line.startswith(("data.path", "train.steps:"))]
         recorded = (read_info(self.url) or {}).get("data_hash", data_hash)
         if recorded != data_hash:
             found.append(f"data: {recorded[:12]} there, {data_hash[:12]} now")
@@ -101,52 +104,119 @@ class Run:
     # --- facts and state ---
 
     def update(self, **facts: Any) -> None:
-        """Merge facts into run.json, atomically."""
+        """Merge facts into run.json, atomically. Superseded as in `flush`."""
+        self._still_ours()
         self.info.update(facts)
+        if self.info.get("attempts") and facts.get("state", "running") != "running":
+            self.info["attempts"][-1]["ended"] = facts["state"]
         storage.write_bytes(
             storage.join(self.url, "run.json"), json.dumps(self.info, indent=1).encode() + b"\n"
         )
 
-    def begin(self, from_step: int, **facts: Any) -> None:
-        """This process starts (or goes on) at `step`: later lines of an earlier try are cut off."""
+    def begin(self, from_step: int, session: str = "", **facts: Any) -> None:
+        """This process starts (or goes on) at `step`: later lines of an earlier try are cut off.
+
+        session: which command's doing this is, for `died_in_vain`.
+        """
         refuse_while_alive(self.url)
-        for name in (METRICS, TIMING, ITEMS):
-            self._cut(name, from_step)
-        storage.remove(storage.join(self.url, "error.txt"))
-        attempts = [
-            *self.info.get("attempts", []),
-            {"from_step": from_step, "started": _now(), **process(), **machine()},
-        ]
+        for folder in (self.url, f"{self.url}/checkpoint", f"{self.url}/clips"):
+            sweep_up(folder)
+        self._begun = False
+        facts_of_it, changes = changes_apart(machine())
+        for name, content in changes.items():
+            storage.write_bytes(storage.join(self.url, name), content)
+        attempts = self.info.get("attempts", [])
+        attempt = {
+            "from_step": from_step,
+            "started": _now(),
+            "session": session,
+            "token": self._token,
+            **process(),
+            **news(facts_of_it, attempts),
+        }
+        attempts = [*attempts, attempt]
+        # Before the lines are cut: from here on nobody else appends any. Killed in between, the
+        # next start cuts them.
         self.update(id=self.id, state="running", reason=None, attempts=attempts, **facts)
+        self._begun = True
+        try:
+            for name in (METRICS, TIMING, ITEMS):
+                self._cut(name, from_step)
+        except ConfigError as error:
+            self.update(state="failed", reason=reason(error))
+            raise
+        storage.remove(storage.join(self.url, "error.txt"))
 
     # --- lines by step ---
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """One line of JSON; on disk at once locally, with the next `flush` on S3."""
-        text = json.dumps(line) + "\n"
+        text = as_text(line)
         if storage.is_remote(self.url):
             self._lines[name].append(text)
             self._dirty.add(name)
         else:
-            with Path(self.url, name).open("a") as file:
+            self._still_ours()
+            with naming(f"{self.url}/{name}"), Path(self.url, name).open("a") as file:
                 file.write(text)
 
     def flush(self) -> None:
-        """Make every appended line durable; call before a checkpoint that relies on them."""
+        """Make every appended line durable; call before a checkpoint that relies on them.
+
+        Superseded where another process has begun this run since: on a machine cut off from the
+        cluster, say, which it took for dead.
+        """
+        self._still_ours()
         for name in (METRICS, TIMING, ITEMS):
             path = storage.join(self.url, name)
             if name in self._dirty:
                 storage.write_bytes(path, "".join(self._lines[name]).encode())
             elif not storage.is_remote(self.url) and Path(path).exists():
-                with Path(path).open("rb") as file:
+                with naming(path), Path(path).open("rb") as file:
                     os.fsync(file.fileno())
         self._dirty.clear()
 
+    def _still_ours(self) -> None:
+        # Whoever takes the run over replaces run.json by another file. Asked before it is read: one
+        # that comes in between is seen the next time.
+        known = () if storage.is_remote(self.url) else _stamp(f"{self.url}/run.json")
+        if known and known == self._known:
+            return
+        attempts = (read_info(self.url) or {}).get("attempts") if self._begun else None
+        if attempts and attempts[-1].get("token", self._token) != self._token:
+            other = attempts[-1]
+            raise Superseded(
+                f"{self.url}: process {other.get('pid')} on {other.get('host')} has taken this "
+                "run over; this one stops and writes nothing more"
+            )
+        self._known = known if self._begun else ()
+
     def _cut(self, name: str, step: int) -> None:
         path = storage.join(self.url, name)
-        kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= step]
+        kept = [as_text(line) for line in read_lines(path) if line["step"] <= step]
         storage.write_bytes(path, "".join(kept).encode())
         self._lines[name] = kept
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    """What differs between a file and one that has replaced it; empty where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+class Superseded(RuntimeError):
+    """Another process trains this run now; what it writes must stand."""
+
+
+def died_in_vain(info: dict[str, Any] | None, session: str, step: int) -> bool:
+    """Whether the last MAX_DEATHS attempts of this session all began at `step`, and none of them
+    was stopped on purpose: one more would end like them."""
+    attempts = [a for a in (info or {}).get("attempts", []) if a.get("session") == session]
+    last = [a for a in attempts if a.get("ended") != "interrupted"][-MAX_DEATHS:]
+    return len(last) == MAX_DEATHS and all(a["from_step"] == step for a in last)
 
 
 @contextlib.contextmanager
@@ -158,77 +228,113 @@ def recorded_failure(url: str, stopped: Callable[[], bool] = lambda: False) -> I
     """
     try:
         yield
+    except Superseded:
+        return
     except Exception as error:
         if stopped():
             close_from_outside(url, "stopped", PRUNED)
             return
-        # An earlier try may have left another word of how it ended.
-        close_from_outside(url, "failed", reason(error), over=("running", "interrupted", "failed"))
-        storage.write_bytes(storage.join(url, "error.txt"), traceback.format_exc().encode())
+        # On a full disk not even this can be written; the driver finds out for itself, and another
+        # start of this run would end the same way.
+        with contextlib.suppress(OSError):
+            # An earlier try may have left another word of how it ended.
+            over: tuple[State, ...] = ("running", "interrupted", "failed")
+            close_from_outside(url, "failed", reason(error), over=over)
+            storage.write_bytes(storage.join(url, "error.txt"), traceback.format_exc().encode())
 
 
-def reopen(url: str) -> None:
-    """Let a run that a killed process left, or that ran out of memory, wait for its turn again.
+def sweep_up(url: str, name: str = ".+") -> None:
+    """Remove what writes of a file `name` (a pattern) left in a local folder when they were killed.
+    Nobody may be writing there now."""
+    for path in storage.leftovers(url, name):
+        storage.remove(path)
 
-    ConfigError while another process of this machine is at it.
+
+def is_done(info: dict[str, Any] | None, steps: int) -> bool:
+    """Whether a run of `steps` steps has nothing left to do; one stopped at a rung has."""
+    state = (info or {}).get("state")
+    return state == "diverged" or (state == "finished" and (info or {}).get("step", 0) >= steps)
+
+
+def reopen(url: str, *, ours: bool = False) -> None:
+    """Let a run that a killed process left, that ran out of memory, was stopped at a rung or is to
+    be longer than it was, wait for its turn again.
+
+    ConfigError while another process of this machine is at it; not asked for with `ours`.
     """
     if read_info(url) is not None:
-        refuse_while_alive(url)
-        over: tuple[State, ...] = ("running", "out_of_memory")
+        if not ours:
+            refuse_while_alive(url)
+        over: tuple[State, ...] = ("running", "out_of_memory", "stopped", "finished")
         close_from_outside(url, "interrupted", "to be continued", over)
 
 
 def close_from_outside(
-    url: str, state: State, why: str, over: tuple[State, ...] = ("running",)
+    url: str,
+    state: State,
+    why: str,
+    over: tuple[State, ...] = ("running",),
+    **facts: Any,
 ) -> None:
     """Say how a run ended that could not say it itself; a state that is not in `over` stands."""
     info = read_info(url) or {"id": url.rsplit("/", 1)[-1]}
     if info.get("state", "running") in over:
-        info |= {"state": state, "reason": why}
+        info |= {"state": state, "reason": why, **facts}
         storage.write_bytes(storage.join(url, "run.json"), json.dumps(info, indent=1).encode())
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line; of one that came through Ray, the last line of the cause."""
+    """An exception in one line; of one that came through Ray, its first cause."""
+    for cause in _causes(error):
+        if isinstance(cause, ConfigError):
+            said = [f"{path}: {text}" if path else text for path, text in cause.problems]
+            return " ".join(f"{cause.source}: {'; '.join(said)}".split())[:500]
+    cause, chained, _ = str(error).partition("The above exception was the direct cause")
+    if chained and (lines := [line.strip() for line in cause.splitlines() if line.strip()]):
+        return lines[-1][:500]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:500]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception and what led to it; Ray keeps that as `cause`."""
+    while error is not None:
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__
 
 
 # --- reading
 
 
-def read_lines(url: str) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file; a last line that a crash cut short is left out; none where there
-    is no file."""
-    try:
-        text = storage.read_bytes(url).decode()
-    except FileNotFoundError:
-        return []
-    return list(_complete_lines(text))
-
-
-def _complete_lines(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return  # torn by a crash; whatever follows it cannot be trusted either
+def evaluations(url: str) -> list[tuple[int, dict[str, Any]]]:
+    """(step, metrics) of every evaluation in a run's folder, as reported to Tune."""
+    lines = read_lines(storage.join(url, METRICS))
+    return [
+        (line["step"], {"step": line["step"], **line["val"]}) for line in lines if "val" in line
+    ]
 
 
 def read_info(url: str) -> dict[str, Any] | None:
-    """run.json, or None where there is none."""
+    """run.json, or None where there is none; ConfigError where it is damaged."""
     path = storage.join(url, "run.json")
-    try:
-        return json.loads(storage.read_bytes(path))
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError as error:
-        raise _damaged(path, error) from None
+    info = storage.read_json(path, AFRESH)
+    for key, kind in KINDS.items():
+        if info and not isinstance(info.get(key, kind()), kind):
+            raise _damaged(path, ValueError(f"{key} is {str(info[key])[:40]!r}"))
+    attempts = (info or {}).get("attempts", [])
+    if not all(isinstance(attempt, dict) for attempt in attempts):
+        raise _damaged(path, ValueError("attempts are no objects"))
+    return info
+
+
+KINDS = {"id": str, "state": str, "step": int, "steps": int, "data_hash": str, "metrics": dict}
+KINDS |= {"timing": dict, "guards": dict, "warnings": list, "attempts": list}
+"""Facts in run.json that its readers rely on."""
+AFRESH = "move its folder away to start afresh"
 
 
 def _damaged(path: str, error: Exception) -> ConfigError:
-    text = f"is damaged ({str(error).splitlines()[0]}); move its folder away to start afresh"
-    return ConfigError(path, [("", text)])
+    return ConfigError(path, [("", f"is damaged ({first_line(error)}); {AFRESH}")])
 
 
 def runs(sweep_url: str) -> list[Summary]:
@@ -244,30 +350,6 @@ def runs(sweep_url: str) -> list[Summary]:
 # --- who holds it
 
 
-def process() -> dict[str, Any]:
-    """This process, such that another one with its number later is not taken for it."""
-    return {"pid": os.getpid(), "pid_started": _started(os.getpid())}
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine was started, in clock ticks since boot; None: there is
-    none."""
-    with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return None
-
-
-def alive(info: dict[str, Any] | None) -> int | None:
-    """The number of another process of this machine that is at this run now, or None."""
-    if not info or info.get("state") != "running" or not info.get("attempts"):
-        return None
-    last = info["attempts"][-1]
-    pid = last.get("pid")
-    if not pid or pid == os.getpid() or last.get("host") != platform.node():
-        return None
-    return pid if _started(pid) == last.get("pid_started") else None
-
-
 def refuse_while_alive(url: str, patience_seconds: float = 20.0) -> None:
     """ConfigError while another process of this machine trains the run: two would mix their lines.
 
@@ -279,63 +361,6 @@ def refuse_while_alive(url: str, patience_seconds: float = 20.0) -> None:
             text = f"process {pid} on this machine is training this run; wait for it or stop it"
             raise ConfigError(url, [("", text)])
         time.sleep(0.5)
-
-
-# --- where it ran
-
-
-def machine() -> dict[str, Any]:
-    """Host, CPU, GPU, package versions, commit and uncommitted changes: enough to run it again."""
-    facts: dict[str, Any] = {
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "packages": {name: v for name in PACKAGES if (v := _version(name))},
-        **git(),
-    }
-    import torch  # here, so that reading records needs no torch
-
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
-
-
-def git() -> dict[str, Any]:
-    """Commit, uncommitted changes and new files of the checkout that bgray runs from, as far as
-    they fit; empty outside of one (an installed package within another project's repository)."""
-    here = Path(__file__).resolve().parent.parent
-
-    def run(*args: str) -> str | None:
-        command = ["git", "-C", str(here), *args]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
-            return None
-        return done.stdout if done.returncode == 0 else None
-
-    top, commit = run("rev-parse", "--show-toplevel"), run("rev-parse", "HEAD")
-    if top is None or commit is None or Path(top.strip()).resolve() != here:
-        return {}
-    diff = run("diff", "HEAD") or ""
-    names = (run("ls-files", "--others", "--exclude-standard") or "").splitlines()
-    new = {}
-    for name in names[:50]:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            new[name] = (here / name).read_text()[:DIFF_LIMIT]
-    return {
-        "commit": commit.strip(),
-        "dirty_diff": diff[:DIFF_LIMIT],
-        "dirty_diff_cut": len(diff) > DIFF_LIMIT,
-        "new_files": new if sum(map(len, new.values())) <= DIFF_LIMIT else names,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _now() -> str:

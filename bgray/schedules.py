@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from bgray.problems import refuse
+
 Ranges = dict[str, tuple[Callable[[Any], bool], set[str]]]
 """What a number may be, in words, and as (the test, the options it is for)."""
 
@@ -20,14 +22,6 @@ def out_of_range(ranges: Ranges, options: Mapping[str, Any]) -> list[tuple[str, 
             if name in names and not all(map(inside, values)):
                 problems.append((name, f"must be {allowed}, got {value!r}"))
     return problems
-
-
-def refuse(where: str, problems: list[tuple[str, str]]) -> None:
-    """ValueError with all `problems`, if there are any."""
-    if problems:
-        raise ValueError(
-            "\n".join([f"{where}:", *(f"  {name}: {text}" for name, text in problems)])
-        )
 
 
 RANGES: Ranges = {
@@ -52,7 +46,7 @@ class Constant:
     check = staticmethod(check)
 
     def __post_init__(self):
-        refuse("constant", check(**asdict(self)))
+        refuse(check(**asdict(self)), "constant")
 
     def scale(self, step: int, steps: int) -> float:
         """Factor for the rate at `step`, from 0, of `steps` steps."""
@@ -70,7 +64,7 @@ class WarmupStableDecay:
     check = staticmethod(check)
 
     def __post_init__(self):
-        refuse("wsd", check(**asdict(self)))
+        refuse(check(**asdict(self)), "wsd")
 
     def scale(self, step: int, steps: int) -> float:
         """Factor for the rate at `step`, from 0; `final` is for step `steps`, one past the last."""
@@ -110,7 +104,7 @@ class Plateau:
     check = staticmethod(check)
 
     def __post_init__(self):
-        refuse("plateau", check(**asdict(self)))
+        refuse(check(**asdict(self)), "plateau")
 
     def scale(self, step: int, steps: int) -> float:
         """Factor for the rate after what has been observed; the step itself does not matter."""

@@ -281,11 +281,8 @@ def read_row_group(
         if not storage.is_remote(target):
             with pq.ParquetFile(target, memory_map=True) as file:
                 return _rows(file, index, voices, target)
-        with storage.plain_errors(target):
-            fs, path = storage.filesystem(target)
-            # Parquet knows which ranges it needs; fsspec's read-ahead would fetch megabytes more.
-            with fs.open(path, "rb", cache_type="none") as handle:
-                return _rows(pq.ParquetFile(handle, pre_buffer=True), index, voices, target)
+        with storage.open_file(target) as handle:
+            return _rows(pq.ParquetFile(handle, pre_buffer=True), index, voices, target)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _unusable(url, target, "missing") from error
     except BROKEN as error:

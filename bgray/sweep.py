@@ -4,27 +4,24 @@ python -m bgray.sweep SWEEP.yaml [--dry] [--set path.to.key=value ...]
 """
 
 import argparse
-import logging
+import contextlib
+import functools
 import os
-import signal
 import sys
-import time
-import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-from bgray import storage
-from bgray.config import Sweep
+from bgray import trackers
+from bgray.config import ConfigError
 from bgray.document import override, read
-from bgray.resources import Plan, of_cluster, this_machine
-from bgray.train import (
-    ctrl_c_asks_first,
-    errors_in_one_line,
-    fit_workers,
-    ray_storage,
-    stop_asked,
-)
+from bgray.records import close_from_outside, reopen
+from bgray.resources import Plan, of_cluster, this_machine, wait_for_own_machines
+from bgray.sweep_config import Sweep
+from bgray.train import errors_in_one_line
 
 if TYPE_CHECKING:
+    from bgray.agenda import Agenda
+    from bgray.console import Board
     from bgray.search import Trial
 
 # bgray's own modules that need torch are imported inside, so that --help does not wait for it.
@@ -47,8 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     with errors_in_one_line():
+        from bgray.agenda import Agenda
+        from bgray.forecast import print_dry
         from bgray.search import expand
-        from bgray.summary import print_dry
 
         if "oracle" in (raw := read(args.sweep)):  # a question that nothing is trained for
             from bgray import oracle
@@ -56,8 +54,10 @@ def main(argv: list[str] | None = None) -> None:
             override(raw, tuple(args.set), args.sweep)
             sys.exit(oracle.run(raw, args.sweep, args.dry))
         sweep, trials = expand(args.sweep, tuple(args.set))
+        trackers.refuse_missing(sweep.trackers, args.sweep)
         if args.dry:
-            print_dry(sweep, trials)
+            # With what earlier commands have drawn.
+            print_dry(Agenda(sweep, trials, weigh=_weigh(trials)))
         else:
             sys.exit(run_sweep(sweep, trials))
 
@@ -66,209 +66,179 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run_sweep(sweep: Sweep, trials: "list[Trial]") -> int:
-    """Run what is not done yet, print the table; exit code 1 when a trial failed, 130 after
+    """Run what is not done yet, print the tables; exit code 1 when a trial failed, 130 after
     Ctrl-C."""
+    from bgray.agenda import BUDGET, Agenda
+    from bgray.console import Board
+    from bgray.leases import forget_dead, held
+    from bgray.search import decays_too_soon
+    from bgray.summary import close, say_what_is_done
+
+    board = Board(trials[0].experiment.name, [], sweep.metric)
+    say = board.console.print
+    if text := decays_too_soon(sweep, trials):
+        say(f"Careful: {text}", highlight=False, markup=False, soft_wrap=True)
+    agenda, stopped = Agenda(sweep, trials, weigh=_weigh(trials)), False
+    if agenda.over() and not agenda.changed():
+        forget_dead(agenda.folder)  # of a command that was killed when all had ended
+        _complete_events(agenda, board)
+    else:
+        with held(agenda.folder, say, what=f"sweep {board.title}") as lease:
+            # What another command did while this one waited for it.
+            agenda = Agenda(sweep, trials, weigh=_weigh(trials))
+            say_what_is_done(agenda, board)
+            if not agenda.over():
+                stopped = _run(agenda, board, lease.lost)
+            else:
+                _write_events(agenda, board)
+            if text := lease.lost():
+                raise ConfigError(agenda.folder, [("", text)])
+            agenda.look()
+            agenda.write_manifest()
+    _show(agenda, board)
+    close(agenda, board)
+    for text in _in_closing(agenda):
+        say(text, highlight=False, markup=False, soft_wrap=True)
+    unpaid = sweep.budget is not None and agenda.spent() and bool(agenda.waiting())
+    if sweep.budget and unpaid:
+        say(f"{agenda.hours():.3g} of {sweep.budget.gpu_hours:g} hours: {BUDGET}")
+    states = {row.state for row in board.rows}
+    stopped |= "interrupted" in states and not unpaid
+    return 1 if "failed" in states else 130 if stopped else 0
+
+
+def _run(agenda: "Agenda", board: "Board", lost: Callable[[], str | None]) -> bool:
+    """Whether it was stopped."""
     import torch
 
-    from bgray.cluster import ray_session
-    from bgray.console import Board, Row, bar
+    from bgray import packing
+    from bgray.agenda import BUDGET
+    from bgray.capacity import on_demand_when_spot_is_out
+    from bgray.console import bar
     from bgray.experiment import prepare_data
-    from bgray.records import ENDED, reopen
-    from bgray.summary import close, forecast
+    from bgray.forecast import warn_if_long
+    from bgray.rehearsal import cost_key
+    from bgray.session import dashboard_told, ray_session
+    from bgray.sharing import settle
+    from bgray.tuning import nested, run
 
-    folder = trials[0].url.rsplit("/", 1)[0]
-    rows = [Row(t.id, t.label, t.url, t.experiment.train.steps) for t in trials]
-    board = Board(trials[0].experiment.name, rows, sweep.metric)
-    for row in rows:
-        row.refresh()
-    waiting = [row for row in rows if row.state not in ENDED]
-    for row in waiting:
-        reopen(row.url)
-    if waiting:
-        if len(waiting) < len(rows):
-            board.console.print(
-                f"{len(rows) - len(waiting)} of {len(rows)} trials are done already; going on "
-                "with the rest"
-            )
-        if not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ:
-            # Before the music is rendered and Ray is started, which take their time as well.
-            plan = Plan.make(trials[0].experiment, len(trials), this_machine())
-            forecast(sweep, trials, plan.threads, plan.concurrency, board.console)
-        with ray_session(dashboard=any(_nested(t) for t in trials)) as ray:
-            for trial in _first_of_each_data(trials):
-                with bar(board.console, "preparing data") as progress:
-                    prepare_data(trial.experiment, workers=None, progress=progress)
-            plan = Plan.make(trials[0].experiment, len(trials), of_cluster(ray))
-            board.console.print(plan.text)
-            with board.live():
-                _tune(sweep, trials, plan, folder)
-    close(sweep, trials, board, folder)
-    states = {row.state for row in rows}
-    return 1 if "failed" in states else 130 if "interrupted" in states else 0
+    trials = list(agenda.trials.values())
+    for trial in trials:
+        if agenda.known[trial.id].state == "running":  # its command was killed
+            reopen(trial.url)
+    first, sweep = trials[0], agenda.sweep
+    say = functools.partial(board.console.print, highlight=False, markup=False, soft_wrap=True)
+    if not torch.cuda.is_available() and "RAY_ADDRESS" not in os.environ:
+        # Before the music is rendered and Ray is started, which take their time as well.
+        plan = Plan.make(first.experiment, len(trials), this_machine())
+        warn_if_long(sweep, trials, plan.threads, plan.concurrency, board.console)
+    patience = first.experiment.runtime.spot_patience_seconds
+    with (
+        ray_session(dashboard=any(nested(t) for t in trials)) as ray,
+        dashboard_told(agenda.folder, say),
+        on_demand_when_spot_is_out(ray, patience, board.console.print) as enough,
+    ):
+        wait_for_own_machines(ray, board.console.print)
+        for trial in _first_of_each_data(trials):
+            with bar(board.console, "preparing data") as progress:
+                prepare_data(trial.experiment, workers=None, progress=progress)
+        nodes = of_cluster(ray)
+        plan = Plan.make(first.experiment, agenda.at_once(), nodes)
+        keys = {cost_key(trial.experiment): trial.experiment for trial in trials}
+        packer = packing.prepare(ray, keys, plan, agenda.folder, board.console.print)
+        if packer:
+            shares = [packer.share(cost_key(trial.experiment)) for trial in trials]
+            plan = Plan.make(first.experiment, agenda.at_once(), nodes, shares)
+            agenda.weigh = lambda trial: packer.share(cost_key(trial.experiment)).fraction
+        plan = settle(plan, agenda)
+        board.console.print(plan.text)
+        _tell(agenda, board)
+        with board.live():
+            told = functools.partial(_tell, agenda, board)
+            stopped = run(agenda, plan, packer, also=enough, lost=lost, changed=told, say=say)
+    if lost():
+        return stopped
+    for run_id, why in agenda.verdicts_of_rungs().items():
+        close_from_outside(agenda.trials[run_id].url, "stopped", why, over=("stopped",))
+    for run_id, known in agenda.known.items():
+        if known.unpaid:
+            url = agenda.trials[run_id].url
+            close_from_outside(url, "interrupted", BUDGET, over=("stopped", "running"))
+    return stopped
 
 
-def _nested(trial: "Trial") -> bool:
-    """More than one worker: Tune drives a TorchTrainer; otherwise the Tune trial is itself the
-    worker."""
-    return trial.experiment.runtime.workers > 1
+def _complete_events(agenda: "Agenda", board: "Board") -> None:
+    """What earlier commands could not write for TensorBoard, of a sweep with nothing left to do."""
+    from bgray.leases import held
+    from bgray.tensorboard import Events
+
+    if not Events(agenda, lambda text: None).missing():
+        return
+    # Another command that has the folder is at it by itself; who may only read it, reads it.
+    with contextlib.suppress(ConfigError, OSError):
+        with held(agenda.folder, lambda text: None, what=f"sweep {board.title}"):
+            _write_events(agenda, board)
+
+
+def _write_events(agenda: "Agenda", board: "Board") -> None:
+    from bgray.tensorboard import Events
+
+    say = functools.partial(board.console.print, highlight=False, markup=False, soft_wrap=True)
+    events = Events(agenda, say)
+    events.catch_up()
+    events.close()
+
+
+def _tell(agenda: "Agenda", board: "Board") -> None:
+    _show(agenda, board)
+    agenda.write_manifest()
+
+
+def _show(agenda: "Agenda", board: "Board") -> None:
+    """A row on the console for every trial that there is."""
+    from bgray.console import Row
+
+    several = len({trial.seed for trial in agenda.trials.values()}) > 1
+    known = {row.id for row in board.rows}
+    for trial in agenda.trials.values():
+        if trial.id not in known:
+            label = trial.title if several else trial.label
+            board.rows.append(Row(trial.id, label, trial.url, trial.experiment.train.steps))
+
+
+def _in_closing(agenda: "Agenda") -> Iterator[str]:
+    """What a search that learns has to say of its result."""
+    from bgray.tpe import honesty
+
+    if agenda.draws:
+        if agenda.draws.why:
+            yield agenda.draws.why
+        if len(agenda.draws.trials) > 1:
+            yield honesty(len(agenda.draws.trials))
+    if agenda.population:
+        titles = {run_id: trial.label for run_id, trial in agenda.trials.items()}
+        yield from filter(None, [agenda.population.text(agenda.finals(), titles)])
+
+
+def _weigh(trials: "list[Trial]") -> "Callable[[Trial], float]":
+    """GPUs that each of the trials holds; 1 without any."""
+    import torch
+
+    from bgray.packing import Packer
+    from bgray.rehearsal import cost_key
+
+    runtime = trials[0].experiment.runtime
+    anywhere = torch.cuda.is_available() or "RAY_ADDRESS" in os.environ
+    if runtime.device == "cpu" or not anywhere:
+        return lambda trial: 1.0
+    if runtime.vram == "whole":
+        return lambda trial: runtime.workers * runtime.gpus
+    packer = Packer(trials[0].url.rsplit("/", 1)[0], runtime.vram)
+    return lambda trial: packer.share(cost_key(trial.experiment)).fraction
 
 
 def _first_of_each_data(trials: "list[Trial]") -> "list[Trial]":
-    from bgray.experiment import data_hash
-
-    return list({data_hash(trial.experiment): trial for trial in reversed(trials)}.values())
-
-
-def _tune(sweep: Sweep, trials: "list[Trial]", plan: Plan, folder: str) -> None:
-    from ray import tune
-    from ray.tune.progress_reporter import TrialProgressCallback
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-
-    from bgray.records import PRUNED, close_from_outside, reason
-
-    class Silent(TrialProgressCallback):
-        """Tune's own lines about each trial, even at verbose=0; the board has them."""
-
-        def _print(self, msg: str) -> None:
-            pass
-
-    # Ours asks the trials to checkpoint first; Tune's stops them where they are.
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    warnings.filterwarnings("ignore", module="ray")
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # our table has the reasons
-    stop_url = storage.join(folder, ".ray", f"stop-{int(time.time())}-{os.getpid()}")
-    by_id = {trial.id: trial for trial in trials}
-    steps = max(trial.experiment.train.steps for trial in trials)
-
-    class Asha(ASHAScheduler):
-        """ASHA that hears what an earlier try had reached, and does not judge it once more."""
-
-        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-            action = super().on_trial_result(tune_controller, trial, result)
-            return self.CONTINUE if result.get("replayed") else action
-
-    scheduler: Any = FIFOScheduler()
-    if sweep.asha:
-        scheduler = Asha(
-            time_attr="step",
-            max_t=steps,
-            grace_period=sweep.asha.grace_steps,
-            reduction_factor=sweep.asha.reduction_factor,
-        )
-    nested = any(_nested(trial) for trial in trials)
-    trainable = tune.with_parameters(
-        drive_workers if nested else tune_trial, trials=by_id, plan=plan, stop_url=stop_url
-    )
-    # The driver of a nested trial only waits; its workers ask for the resources.
-    resources = {"CPU": 0.01} if nested else plan.per_worker()
-    path, filesystem = ray_storage(trials[0].experiment)
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, resources),
-        param_space={"trial": tune.grid_search(list(by_id))},
-        tune_config=tune.TuneConfig(
-            metric=sweep.metric,
-            mode=sweep.mode,
-            scheduler=scheduler,
-            max_concurrent_trials=plan.concurrency,
-            # On a GPU a new process per trial: a warm one keeps CUDA memory that is not the
-            # trial's own.
-            reuse_actors=not plan.gpus and not nested,
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            verbose=0,
-            callbacks=[Silent()],
-            failure_config=tune.FailureConfig(max_failures=0),
-        ),
-    )
-    with ctrl_c_asks_first() as asked:
-        handler = signal.getsignal(signal.SIGINT)
-
-        def stop(*args: Any) -> None:
-            handler(*args)  # type: ignore[operator]
-            storage.write_bytes(stop_url, b"")
-
-        signal.signal(signal.SIGINT, stop)
-        results = tuner.fit()
-    if asked():
-        storage.remove(stop_url)
-        return
-    for result in results:  # a process that was killed could not say how its run ended
-        url = by_id[(result.config or {})["trial"]].url
-        if result.error is None:
-            close_from_outside(url, "stopped", PRUNED)
-        else:
-            close_from_outside(url, "failed", reason(result.error))
-
-
-def tune_trial(
-    config: dict[str, Any], trials: "dict[str, Trial]", plan: Plan, stop_url: str
-) -> None:
-    """A Tune trial that is itself the training worker."""
-    from ray import tune
-
-    from bgray.context import on_ray
-    from bgray.experiment import prepare_data
-    from bgray.records import recorded_failure
-    from bgray.trial import run_trial
-
-    trial, stop = _start(config, trials, stop_url)
-    if trial is None:
-        return
-    context = on_ray(
-        trial.experiment,
-        plan.threads,
-        report=lambda step, metrics: tune.report(metrics),
-        stop=stop,
-    )
-    with recorded_failure(trial.url):
-        run_trial(trial.experiment, prepare_data(trial.experiment), context)
-
-
-def drive_workers(
-    config: dict[str, Any], trials: "dict[str, Trial]", plan: Plan, stop_url: str
-) -> None:
-    """A Tune trial that runs a TorchTrainer with several workers."""
-    from ray.train._internal.session import get_session
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    from bgray.records import recorded_failure
-
-    trial, _ = _start(config, trials, stop_url)
-    if trial is None:
-        return
-    # The thread of a stopped trial lives on for a moment and sees its workers die.
-    session = get_session()
-    assert session is not None
-    stopped = session.stop_event.is_set
-    with recorded_failure(trial.url, stopped):
-        fit_workers(
-            trial.experiment,
-            trial.id,
-            plan,
-            callbacks=(TuneReportCallback(),),
-            stop_url=stop_url,
-        )
-
-
-def _start(config: dict[str, Any], trials: "dict[str, Trial]", stop_url: str):
-    """The trial and its question for a stop; None where it has ended before (its rungs are told to
-    the scheduler)."""
-    from ray import tune
-
-    from bgray.records import ENDED, read_info
-    from bgray.trial import evaluations
-
-    trial = trials[config["trial"]]
-    stop = stop_asked(stop_url)
-    if (read_info(trial.url) or {}).get("state") in ENDED:
-        for _, metrics in evaluations(trial.url):
-            tune.report({**metrics, "replayed": True})
-        return None, stop
-    return (None if stop() else trial), stop
+    return list({trial.data_hash: trial for trial in reversed(trials)}.values())
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from bgray import storage
 from bgray.config import ConfigError, Experiment
-from bgray.resources import Plan, of_cluster
+from bgray.resources import Plan, of_cluster, wait_for_own_machines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,6 +59,8 @@ def errors_in_one_line(*, resumes: bool = True) -> Iterator[None]:
 
     resumes: whether the same command goes on from what is written.
     """
+    from bgray.records import Superseded
+
     try:
         yield
     except ConfigError as error:
@@ -64,6 +68,8 @@ def errors_in_one_line(*, resumes: bool = True) -> Iterator[None]:
     except BrokenPipeError:  # `| head` has seen enough
         message, code = "", 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Superseded as error:
+        message, code = f"error: {error}", 2
     except OSError as error:
         # Full disk, no permission, storage that does not answer: what is written stays.
         where = f" ({error.filename})" if error.filename else ""
@@ -81,22 +87,34 @@ def errors_in_one_line(*, resumes: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ctrl_c_asks_first(say: Callable[[str], None] = print) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C asks for a stop at the next step, with a checkpoint; the second one
-    interrupts at once."""
-    asked = False
+def ctrl_c_asks_first(
+    say: Callable[[str], None] = print, also: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[], str]]:
+    """The first Ctrl-C (or SIGTERM, which is how a job on a cluster is stopped) asks for a stop at
+    the next step, with a checkpoint; the second one interrupts at once.
+
+    also: done at the first one. Yields a question: records.CTRL_C once it was asked, else nothing.
+    """
+    from bgray.records import CTRL_C
+
+    asked = ""
 
     def handler(*_: object) -> None:
         nonlocal asked
-        asked = True
+        asked = CTRL_C
         say("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once")
-        signal.signal(signal.SIGINT, before)
+        restore()
+        also()
 
-    before = signal.signal(signal.SIGINT, handler)
+    def restore() -> None:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 # --- here
@@ -107,23 +125,28 @@ def train_local(experiment: Experiment) -> None:
     from bgray.console import bar
     from bgray.context import Context, pick_device
     from bgray.experiment import prepare_data
-    from bgray.records import ENDED
+    from bgray.leases import held
+    from bgray.records import is_done
     from bgray.trial import run_to_its_end
 
     board = board_of(experiment)
     board.rows[0].refresh()
-    if board.rows[0].state in ENDED:
+    if is_done(board.rows[0].info, experiment.train.steps):
         board.console.print("already done:")
         closing(board)
         return
     with bar(board.console, "preparing data") as progress:
         prepared = prepare_data(experiment, progress=progress)
-    with ctrl_c_asks_first() as stop, board.live():
+    with (
+        held(board.rows[0].url, board.console.print, what=f"training {board.title}"),
+        ctrl_c_asks_first() as stop,
+        board.live(),
+    ):
         context = Context(
             device=pick_device(experiment.runtime.device),
             threads=experiment.runtime.threads or os.cpu_count() or 1,
             stop=stop,
-            warn=board.console.print,
+            warn=lambda text: None,  # the board has it from run.json
         )
         run_to_its_end(experiment, prepared, context)
     closing(board)
@@ -165,28 +188,54 @@ def closing(board: Any) -> None:
 
 def train_on_ray(experiment: Experiment) -> None:
     """Train on Ray Train with `runtime.workers` workers; the run's folder is the result."""
-    from bgray.cluster import ray_session
+    from bgray.capacity import on_demand_when_spot_is_out
     from bgray.console import bar
     from bgray.experiment import identity, prepare_data
-    from bgray.records import ENDED, recorded_failure, reopen
+    from bgray.leases import held
+    from bgray.records import is_done, recorded_failure, reopen
+    from bgray.session import ray_session
 
     board = board_of(experiment)
     with bar(board.console, "preparing data") as progress:
         prepare_data(experiment, workers=None, progress=progress)
     board.rows[0].refresh()
-    if board.rows[0].state in ENDED:
+    if is_done(board.rows[0].info, experiment.train.steps):
         board.console.print("already done:")
         closing(board)
         return
-    with ray_session() as ray:
+    patience = experiment.runtime.spot_patience_seconds
+    with (
+        held(board.rows[0].url, board.console.print, what=f"training {board.title}"),
+        ray_session() as ray,
+        on_demand_when_spot_is_out(ray, patience, board.console.print),
+    ):
+        wait_for_own_machines(ray, board.console.print)
         plan = Plan.make(experiment, 1, of_cluster(ray))
         url = board.rows[0].url
         reopen(url)
-        with board.live(), recorded_failure(url):
-            fit_workers(experiment, identity(experiment), plan)
+        session = new_session()
+        folder = storage.join(experiment.runtime.results, experiment.name, ".ray")
+        stop_url = storage.join(folder, f"stop-{session}")
+
+        def fit() -> None:
+            with recorded_failure(url):
+                run_id = identity(experiment)
+                fit_workers(experiment, run_id, plan, stop_url=stop_url, session=session)
+
+        with (
+            board.live(),
+            ctrl_c_asks_first(also=lambda: storage.write_bytes(stop_url, b"")) as asked,
+        ):
+            # Train puts its own way of stopping in the place of ours, but in the main thread only.
+            thread = threading.Thread(target=fit, daemon=True)
+            thread.start()
+            while thread.is_alive():
+                thread.join(0.5)
+        if asked():
+            storage.remove(stop_url)
     closing(board)
     if board.rows[0].state != "finished":
-        sys.exit(1)
+        sys.exit(130 if board.rows[0].state == "interrupted" else 1)
 
 
 def fit_workers(
@@ -196,6 +245,7 @@ def fit_workers(
     *,
     callbacks: tuple[Any, ...] = (),
     stop_url: str | None = None,
+    session: str = "",
 ) -> None:
     """One TorchTrainer.fit: DDP over the experiment's workers; raises what ended it."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -207,8 +257,9 @@ def fit_workers(
         train_worker,
         train_loop_config={
             "experiment": experiment,
-            "threads": plan.threads,
+            "plan": plan,
             "stop_url": stop_url,
+            "session": session or new_session(),
         },
         scaling_config=ScalingConfig(
             num_workers=experiment.runtime.workers,
@@ -219,7 +270,7 @@ def fit_workers(
             name=run_id,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=2),
+            failure_config=FailureConfig(max_failures=MAX_RESTARTS),
             callbacks=list(callbacks),
         ),
     ).fit()
@@ -244,34 +295,73 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train
 
     from bgray.context import on_ray
-    from bgray.experiment import prepare_data
+    from bgray.experiment import prepare_data, run_url
     from bgray.trial import run_to_its_end
 
     experiment: Experiment = config["experiment"]
     worker = ray.train.get_context()
     context = on_ray(
         experiment,
-        config["threads"],
+        config["plan"],
+        session=config["session"],
         rank=worker.get_world_rank(),
         world=worker.get_world_size(),
         report=lambda step, metrics: ray.train.report(metrics),
         stop=stop_asked(config["stop_url"]),
     )
     run_to_its_end(experiment, prepare_data(experiment), context)
+    go_on_elsewhere(run_url(experiment))
 
 
-def stop_asked(url: str | None, seconds: float = 1.0) -> Callable[[], bool]:
-    """Whether the driver has asked for a stop, by a file that every worker can see; looks at most
-    once a second."""
-    import time
+MAX_RESTARTS = 30
+"""Of a trial whose process or machine died; `records.died_in_vain` ends it much sooner when it gets
+nowhere, so that only spot machines coming and going reach it."""
 
-    last, seen = 0.0, False
 
-    def ask() -> bool:
-        nonlocal last, seen
-        if url and not seen and time.monotonic() - last > seconds:
-            last, seen = time.monotonic(), storage.exists(url)
-        return seen
+class TakenAway(RuntimeError):
+    """This trial's machine goes; Tune or Train starts it again on another one, from its
+    checkpoint."""
+
+
+def go_on_elsewhere(url: str) -> None:
+    """Raise TakenAway where the run in this folder stopped because its machine goes."""
+    from bgray.records import NOTICE, read_info
+
+    info = read_info(url) or {}
+    if info.get("state") == "interrupted" and info.get("reason") == NOTICE:
+        raise TakenAway(f"stopped with a checkpoint at step {info.get('step')}: {NOTICE}")
+
+
+def new_session() -> str:
+    """A name for this command that no other has."""
+    return f"{int(time.time())}-{os.getpid()}"
+
+
+def stop_asked(url: str | None) -> Callable[[], str]:
+    """Why this worker of a Ray session should stop: the driver asks, by a file that every worker
+    can see, or the machine is being drained.
+
+    Looks at most once a second; for the file on S3, whose answer takes some 30 ms, once in five.
+    """
+    import ray
+    from ray._private.state import state
+
+    from bgray.records import CTRL_C, NOTICE
+
+    node, reason = ray.get_runtime_context().get_node_id(), ""
+    pause = 5.0 if url and storage.is_remote(url) else 1.0
+    asked = looked = 0.0
+
+    def ask() -> str:
+        nonlocal asked, looked, reason
+        now = time.monotonic()
+        if not reason and now - asked > 1.0:
+            asked = now
+            reason = NOTICE if node in state.get_draining_nodes() else ""
+        if not reason and url and now - looked > pause:
+            looked = now
+            reason = CTRL_C if storage.is_there_now(url) else ""
+        return reason
 
     return ask
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bgray import checkpoint, data, probes, ranks, storage
+from bgray import checkpoint, data, feed, pbt, probes, ranks, storage, transfer
 from bgray.build import (
     build_loss,
     build_model,
@@ -17,50 +17,69 @@ from bgray.build import (
     build_schedule,
     num_parameters,
 )
+from bgray.choices import Choices, choose
 from bgray.config import ConfigError, Experiment
-from bgray.context import Context, set_numerics
+from bgray.context import Context, set_numerics, why_stalled
 from bgray.evaluation import Evaluator, means
 from bgray.experiment import Prepared, build_recipe, data_hash, run_url
-from bgray.loop import Every, NotFinite, State, fit, split_extras
+from bgray.feed_cache import UnitCache
+from bgray.logbook import Logbook
+from bgray.loop import Every, NotFinite, State, fit
 from bgray.losses import LossSum
 from bgray.observe import observe_inputs
 from bgray.optim import describe_groups
 from bgray.prefetch import Prefetched
 from bgray.records import (
+    CTRL_C,
     ENDED,
-    ITEMS,
-    METRICS,
+    MAX_DEATHS,
     PRUNED,
-    TIMING,
     Run,
+    Superseded,
     close_from_outside,
+    died_in_vain,
     read_info,
-    read_lines,
     reason,
 )
+from bgray.resources import feed_cache
+from bgray.step import estimated
 
-FAR_APART = 30
-"""Times that one weighted part of the loss may outweigh another without a warning."""
 OUT_OF_MEMORY = "out of GPU memory: lower train.batch_size, or raise runtime.gpus if it shares one"
 
 
 def run_to_its_end(experiment: Experiment, prepared: Prepared, context: Context) -> None:
-    """`run_trial` for Ray: a loss that is not finite, or too little GPU memory, is a result and
-    not an error to retry."""
-    state = (read_info(run_url(experiment)) or {}).get("state")
-    ended = state in (*ENDED, "out_of_memory")
-    if context.world > 1 and ended:
-        return  # Train starts the workers again after one of them ran out of memory
+    """`run_trial` for Ray: a loss that is not finite, too little GPU memory or a mistake in what
+    was given is a result and not an error to retry."""
+    info = read_info(run_url(experiment)) or {}
+    ended = info.get("state") in (*ENDED, "out_of_memory")
+    final = bool(context.session) and info.get("final_in") == context.session
+    if final or (context.world > 1 and ended):
+        return  # Train starts the workers again after one of them raised
     try:
         run_trial(experiment, prepared, context)
     except NotFinite:
         pass
-    except torch.cuda.OutOfMemoryError:
+    except ConfigError as error:
+        over = ("running", "interrupted", "failed")
+        session = context.session or None
+        close_from_outside(run_url(experiment), "failed", reason(error), over, final_in=session)
+        raise
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         if context.world == 1:
             return
         # The other ranks wait in a collective: only this one's death lets Train end them.
-        close_from_outside(run_url(experiment), "out_of_memory", OUT_OF_MEMORY)
+        how_much = probes.out_of_memory(context.device, error, context.vram_gib)
+        oom = {"step": None, "rank": context.rank, **how_much}
+        close_from_outside(run_url(experiment), "out_of_memory", OUT_OF_MEMORY, oom=oom)
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also where not torch's own allocator met it: a neighbour on the GPU may have the rest."""
+    words = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> dict[str, Any]:
@@ -69,15 +88,18 @@ def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> d
 
     Raises what ends a run early, after run.json says so.
     """
-    set_numerics(experiment, context)
+    choices = choose(experiment, context.device, context.world)
+    set_numerics(choices, context)
     url = run_url(experiment)
     torch.manual_seed(experiment.train.seed)
     model = build_model(experiment).to(context.device)
     optimizer = build_optimizer(experiment, model)
     loss = build_loss(experiment).to(context.device)
+    context.start.mark("model")
     run = Run(url, experiment, data_hash(experiment)) if context.rank == 0 else None
     saved = checkpoint.load(url)  # on the CPU: a second copy in VRAM would count as the trial's own
-    state, clock = State(), probes.Clock(context.device)
+    clock = probes.Clock(context.device, warm_up_steps=choices.warm_up_steps)
+    state = State()
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -85,27 +107,41 @@ def run_trial(experiment: Experiment, prepared: Prepared, context: Context) -> d
         state = State(saved["step"], sums, saved["count"])
         loss.restore(saved["loss"])
         clock.restore(saved["clock"])
-        del saved
-    else:
-        observe_inputs(experiment, prepared, model, context.device)
+    population = pbt.apply(url, state.step, experiment, model, optimizer, loss)
+    in_vain = died_in_vain(read_info(url), context.session, state.step)
     if context.world > 1:
         ranks.agree_on_start(state.step, url)
-    session = _Session(experiment, prepared, context, url, run, model, loss, optimizer, clock)
+    if in_vain:
+        why = f"its process died {MAX_DEATHS} times after step {state.step}; the same command "
+        close_from_outside(url, "failed", why + "tries again")
+        return {}
+    if run is not None:
+        run.begin(state.step, context.session, **population)
+    context.start.mark("record")
+    session = _Session(
+        experiment, prepared, context, url, run, model, loss, optimizer, clock, choices
+    )
     try:
-        session.begin(state)
+        if saved is None:
+            observe_inputs(experiment, prepared, model, context.device)
+        guarded = (saved or {}).get("guards")
+        del saved
+        session.begin(state, guarded)
         session.replay()
         state = session.train(state)
     except BaseException as error:
         session.ended_by(error)
         raise
     session.end(state)
-    return session.latest
+    return session.book.latest
 
 
 class _Session:
     """The callbacks that `fit` gets: what they share."""
 
-    def __init__(self, experiment, prepared, context, url, run, model, loss, optimizer, clock):
+    def __init__(
+        self, experiment, prepared, context, url, run, model, loss, optimizer, clock, choices
+    ):
         self.experiment: Experiment = experiment
         self.prepared: Prepared = prepared
         self.context: Context = context
@@ -116,95 +152,88 @@ class _Session:
         self.optimizer: torch.optim.Optimizer = optimizer
         self.schedule: Any = build_schedule(experiment)
         self.clock: probes.Clock = clock
+        self.choices: Choices = choices
         self.evaluator = Evaluator(experiment, prepared, context, url)
-        self.earlier: list[tuple[int, dict[str, Any]]] = []
-        """Evaluations of an earlier try, up to the checkpoint that this one goes on from."""
-        self.latest: dict[str, Any] = {}
-        self.compiled = "no"
-        self.said_of_parts = False
+        context.start.mark("validation")
+        self.book = Logbook(experiment, context, url, run, clock)
+        self.state = State()
+        self.stop_reason = ""
 
     # --- beginning and end ---
 
-    def begin(self, state: State) -> None:
-        self.earlier = [(s, m) for s, m in evaluations(self.url) if s <= state.step]
-        for _, metrics in self.earlier:
-            self._learn(metrics)
+    def begin(self, state: State, guarded: dict[str, str] | None) -> None:
+        """guarded: what the checkpoint has of the guards; None in one of older versions."""
+        self.state = state
+        self.book.recall(state.step, guarded)
+        for _, metrics in self.book.earlier:
+            self._observe(metrics)
         baseline = self.evaluator.baseline()
+        self.context.start.mark("baseline")
         watched = getattr(self.schedule, "metric", None)
         if watched and watched not in means(baseline):
             text = f"'{watched}' has no value on these validation items; there is "
             raise ConfigError("schedule", [("metric", text + ", ".join(means(baseline)))])
-        if self.run is None:
-            return
-        folder = storage.join(self.experiment.runtime.results, self.experiment.name)
-        self.evaluator.write_listing(folder)
-        self.run.begin(
+        if self.run is not None:
+            if state.step:
+                kept = checkpoint.best_step(self.url)
+                self.book.choose_from(state.step if kept is None else min(kept, state.step))
+                checkpoint.settle_best(self.url, self.book.best, self.book.metric, state.step)
+            folder = storage.join(self.experiment.runtime.results, self.experiment.name)
+            self.evaluator.write_listing(folder)
+        self._tell_start()
+        self.book.begin(
             state.step,
-            name=self.experiment.name,
-            steps=self.experiment.train.steps,
+            baseline,
             parameters=num_parameters(self.model),
             optimizer_groups=describe_groups(self.optimizer),
-            data_hash=self.run.data_hash,
+            choices=self.choices.record(),
             manifest_hash=self.prepared.manifest.hash,
             validation=self.evaluator.hash,
             validation_items=self.evaluator.num_items,
-            baseline=means(baseline),
-            baseline_items=baseline,
-            seed=self.experiment.train.seed,
-            device=str(self.context.device),
-            workers=self.context.world,
-            threads=self.context.threads,
-            feed=self.context.feed,
-            feed_reason=self.context.feed_reason,
-            step=state.step,
-            metrics=self.latest,
         )
+
+    def _tell_start(self) -> None:
+        """In the attempt's record, which goes out with the next facts."""
+        if self.run is not None:
+            self.run.info["attempts"][-1] |= self.context.start.record()
 
     def replay(self) -> None:
         """Tell the scheduler what an earlier try had reached, so that its rungs stand."""
-        for step, metrics in self.earlier:
+        for step, metrics in self.book.earlier:
             self.context.report(step, {**metrics, "replayed": True})
 
     def end(self, state: State) -> None:
-        if self.run is None:
-            return
-        finished = state.step >= self.experiment.train.steps
-        self._finish(
-            "finished" if finished else "interrupted", state.step, None if finished else "Ctrl-C"
-        )
+        if state.step >= self.experiment.train.steps:
+            self.book.finish("finished", state.step, None)
+        else:
+            self.book.finish("interrupted", state.step, self.stop_reason)
 
     def ended_by(self, error: BaseException) -> None:
         """Say in run.json how it ended. SystemExit is Tune's way of stopping a trial."""
-        if self.run is None:
+        if self.run is None or isinstance(error, Superseded):
             return
+        # A full disk is the likeliest cause: then even this cannot be written, and the first error
+        # counts.
+        with contextlib.suppress(OSError):
+            self._say_why(error)
+
+    def _say_why(self, error: BaseException) -> None:
+        assert self.run is not None
+        finish = self.book.finish
         if isinstance(error, NotFinite):
-            self._finish("diverged", error.step, str(error))
-        elif isinstance(error, torch.cuda.OutOfMemoryError):
-            self._finish("out_of_memory", None, OUT_OF_MEMORY)
+            self.book.diverged(error, self.prepared)
+            finish("diverged", error.step, str(error))
+        elif is_out_of_memory(error):
+            how_much = probes.out_of_memory(self.context.device, error, self.context.vram_gib)
+            finish("out_of_memory", None, OUT_OF_MEMORY, oom={"step": self.state.step, **how_much})
         elif isinstance(error, SystemExit):
             # Tune also ends a trial that has reached its last step.
             if self.run.info["state"] != "finished":
-                self._finish("stopped", self.latest.get("step"), PRUNED)
+                finish("stopped", self.book.latest.get("step"), PRUNED)
         elif isinstance(error, KeyboardInterrupt):
-            self._finish("interrupted", None, "Ctrl-C")
+            finish("interrupted", None, CTRL_C)
         else:
-            # A full disk is the likeliest cause: then even this line cannot be written, and the
-            # first error counts.
-            with contextlib.suppress(OSError):
-                self._finish("failed", None, reason(error))
-
-    def _finish(self, state: str, step: int | None, reason: str | None) -> None:
-        assert self.run is not None
-        self.run.flush()
-        known = {} if step is None else {"step": step}
-        self.run.update(
-            state=state,
-            reason=reason,
-            metrics=self.latest,
-            timing=self.clock.summary(),
-            compiled=self.compiled,
-            **known,
-        )
+            finish("failed", None, reason(error))
 
     # --- the loop ---
 
@@ -219,9 +248,10 @@ class _Session:
         if state.step >= train.steps:
             return state
         with Prefetched(
-            self._feed(state.step),
+            transfer.ahead(self._feed(state.step), context.device),
             stall_seconds=experiment.runtime.stall_seconds,
             on_stall=self._on_stall,
+            stop=context.stop if context.world == 1 else lambda: "",
         ) as batches:
             return fit(
                 self._wrapped(),
@@ -234,31 +264,43 @@ class _Session:
                 evaluate=self._evaluate,
                 save=self._save,
                 every=every,
-                schedule=self.schedule.scale,
+                schedule=self._scale,
                 device=context.device,
-                bf16=train.precision == "bf16",
+                bf16=self.choices.bf16,
+                compile=self.choices.compile,
+                graph=self.choices.cuda_graphs,
+                said=self.book.goes_without,
                 grad_clip=train.grad_clip,
                 seed=train.seed,
                 rank=context.rank,
                 clock=self.clock,
                 full_scale=self.evaluator.task.full_scale,
+                improved=lambda _: self.book.best_is_latest,
                 **self._among_ranks(),
             )
 
     def _among_ranks(self) -> dict[str, Any]:
         context = self.context
-        if context.world == 1:
-            return {"stop": context.stop}
-        every = self.experiment.runtime.log_every
-        stop = ranks.stop_together(context.stop, every, context.device)
-        return {"stop": stop, "average": ranks.average, "earliest": ranks.least}
+        ask, options = context.stop, {}
+        if context.world > 1:
+            every = self.experiment.runtime.log_every
+            ask = ranks.stop_together(context.stop, every, context.device)
+            options = {"average": ranks.average, "earliest": ranks.least}
+            options["together"] = ranks.together
+
+        def stop() -> str:
+            self.context.start.mark("first_step")
+            self.stop_reason = ask()
+            return self.stop_reason
+
+        return {"stop": stop, **options}
+
+    def _scale(self, step: int, steps: int) -> float:
+        self.context.start.first_batch()
+        return self.schedule.scale(step, steps)
 
     def _wrapped(self) -> nn.Module:
         model: Any = self.model
-        if self.experiment.runtime.compile:
-            # Transforms to and from spectra stay outside: compiled, they break at other lengths.
-            getattr(model, "core", model).compile()
-            self.compiled = "default"
         if self.context.world > 1:
             devices = [self.context.device] if self.context.device.type == "cuda" else None
             model = nn.parallel.DistributedDataParallel(
@@ -269,87 +311,53 @@ class _Session:
     def _feed(self, start: int) -> Iterator[data.Batch]:
         recipe = build_recipe(self.experiment, self.prepared)
         stop, context = self.experiment.train.steps, self.context
-        if context.feed == "process":
-            return data.in_process(recipe, start, stop, context.rank, context.world)
-        return data.on_ray(
+        kept = context.feed.cache or feed_cache(self.experiment.runtime)
+        cache = UnitCache(kept, recipe, context.rank, context.world) if kept else None
+        self.book.feed_cache = cache
+        if context.feed.kind == "process":
+            return feed.in_process(recipe, start, stop, context.rank, context.world, cache=cache)
+        return feed.on_ray(
             recipe,
             start,
             stop,
             context.rank,
             context.world,
             workers=self.experiment.runtime.data_workers,
-            cpus=context.data_cpus,
+            cpus=context.feed.cpus,
+            resources=context.feed.resources,
+            cache=cache,
         )
 
     def _on_stall(self, seconds: float) -> None:
-        text = f"no batch for {seconds:.0f} s"
-        if self.context.feed == "ray":
-            import ray
-
-            total, free = (
-                ray.cluster_resources().get("CPU", 0),
-                ray.available_resources().get("CPU", 0),
-            )
-            need = self.context.data_cpus
-            text += f": Ray Data needs {need:g} CPU a task; {free:g} of {total:g} are free"
-            if free < need:
-                text += " (trials hold the rest: lower runtime.cpus or runtime.concurrency"
-                text += ", or set runtime.feed=process)"
-        else:
-            text += f": a work unit takes longer than that, or {self.prepared.url} does not answer"
-        self._warn(text)
-
-    def _warn(self, text: str) -> None:
-        self.context.warn(text)
-        if self.run is not None:
-            self.run.update(warnings=[*self.run.info.get("warnings", []), text][-20:])
+        why = why_stalled(self.context, self.prepared.url)
+        self.book.warn(f"no batch for {seconds:.0f} s: {why}")
 
     def _report(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        if kind == "done":
-            if self.run is not None and step >= self.experiment.train.steps:
-                self._finish("finished", step, None)
-            elif self.run is not None:
-                self.run.update(step=step, metrics=self.latest, timing=self.clock.summary())
-            self.context.report(step, {**self.latest, "step": step})
-        elif self.run is not None:
-            if kind == "train":
-                self.run.append(METRICS, {"step": step, **values})
-                self.run.append(TIMING, {"step": step, **self.clock.summary()})
-            else:
-                self.run.append(METRICS, {"step": step, "val": values})
-                self.run.flush()
+        self._tell_start()
         if kind == "train":
-            self._compare_parts(step, values)
-        if kind == "validation":
-            self._learn({"step": step, **values})
+            self.book.train_line(step, values)
+        elif kind == "validation":
+            self.book.validation_line(step, values, self.evaluator.heard)
+            self._observe(self.book.latest)
+        else:
+            if step >= self.experiment.train.steps:
+                self.book.finish("finished", step, None)
+            else:
+                self.book.so_far(step)
+            self.context.report(step, {**self.book.latest, "step": step})
 
-    def _learn(self, metrics: dict[str, Any]) -> None:
+    def _observe(self, metrics: dict[str, Any]) -> None:
         """Of an evaluation, this try's or an earlier one's."""
-        self.latest = metrics
         if hasattr(self.schedule, "observe"):
             scores = self.evaluator.task.scores
             metric = self.schedule.metric or next(iter(scores))
             self.schedule.observe(metrics.get(metric, math.nan), scores[metric])
 
-    def _compare_parts(self, step: int, values: dict[str, Any]) -> None:
-        """Says once when one part of the loss outweighs another: the small one hardly trains."""
-        parts = {
-            name: abs(pick.options["weight"] * values[f"loss_{name}"])
-            for name, pick in self.experiment.loss.items()
-        }
-        large, small = max(parts, key=parts.__getitem__), min(parts, key=parts.__getitem__)
-        if self.run is None or self.said_of_parts or parts[large] <= FAR_APART * parts[small]:
-            return
-        self.said_of_parts = True
-        self._warn(
-            f"loss parts far apart at step {step}: {large} is {parts[large]:.3g}, {small} "
-            f"{parts[small]:.3g} (weighted): the smaller one hardly counts"
-        )
-
     def _save(self, state: State) -> None:
         if self.run is None:
             return
         self.run.flush()
+        best = self.book.best
         checkpoint.save(
             self.run.url,
             state.step,
@@ -361,7 +369,9 @@ class _Session:
                 "sums": state.sums,
                 "count": state.count,
                 "clock": self.clock.state(),
+                "guards": self.book.guarded,
             },
+            f"{self.book.metric}={best[1]!r}" if best and best[0] == state.step else "",
         )
 
     # --- validation ---
@@ -370,25 +380,11 @@ class _Session:
         if self.context.world > 1:
             ranks.share_buffers(self.model)
         self.model.eval()
-        bf16 = self.experiment.train.precision == "bf16"
+        choices = self.choices
 
         def estimate(inputs: Tensor) -> Tensor:
-            with (
-                torch.autocast(self.context.device.type, torch.bfloat16)
-                if bf16
-                else contextlib.nullcontext()
-            ):
-                return split_extras(self.model(inputs))[0].float()
+            return estimated(self.model, inputs, bf16=choices.bf16, compiled=choices.compile)
 
         scores = self.evaluator.scores(estimate, f"step-{step:06d}")
-        if self.run is not None:
-            self.run.append(ITEMS, {"step": step, **scores})
+        self.book.items_line(step, scores)
         return means(scores)
-
-
-def evaluations(url: str) -> list[tuple[int, dict[str, Any]]]:
-    """(step, metrics) of every evaluation in a run's folder, as reported to Tune."""
-    lines = read_lines(storage.join(url, METRICS))
-    return [
-        (line["step"], {"step": line["step"], **line["val"]}) for line in lines if "val" in line
-    ]

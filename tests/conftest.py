@@ -66,6 +66,7 @@ def tiny(shards_url, tmp_path):
     raw["name"] = "tiny"
     raw["data"]["path"] = shards_url
     raw["runtime"]["results"] = str(tmp_path / "results")
+    raw["runtime"]["cache"] = str(tmp_path / "data")
     return raw
 
 
@@ -96,8 +97,46 @@ def s3(monkeypatch):
     server.stop()
 
 
+@pytest.fixture
+def one_thread():
+    """Tiny operations gain nothing from threads and lose much on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _no_stray_feed_threads():
     yield
     stray = [t for t in threading.enumerate() if t.name == "bgray-feed" and t.is_alive()]
     assert not stray, "a test left a feed thread running"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium."""
+    from browser import chromium
+
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch):
+    """The bucket `s3`, through a proxy; with short pauses between tries."""
+    import s3fs
+    from cluster.s3_proxy import Proxy
+
+    from bgray import retries
+
+    monkeypatch.setattr(retries, "PAUSE_SECONDS", (0.05, 0.1))
+    monkeypatch.setattr(retries, "_given_up", {})
+    with Proxy(os.environ["AWS_ENDPOINT_URL"]) as made:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", made.url)
+        s3fs.S3FileSystem.clear_instance_cache()
+        retries.incidents()
+        yield made
+    retries.incidents()

@@ -3,9 +3,10 @@ import pickle
 
 import pytest
 
-from bgray.config import ConfigError, split_sweep
+from bgray.config import ConfigError
 from bgray.document import read, set_path
 from bgray.experiment import identity, load, read_overridden, resolve
+from bgray.sweep_config import split_sweep
 
 BASE = {
     "name": "x",

@@ -19,6 +19,7 @@ def test_an_extrapolated_time_is_marked():
     timing = {"time_to_10k_steps": 1740.0, "time_to_10k_steps_extrapolated": True}
     assert time_to_10k(timing) == "~29 min"
     assert time_to_10k({**timing, "time_to_10k_steps_extrapolated": False}) == "29 min"
+    assert time_to_10k({**timing, "packed": True}) == "(~29 min)"
     assert time_to_10k({}) == "-"
 
 

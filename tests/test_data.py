@@ -1,93 +1,35 @@
-"""Coordinate shards: channel 0 of a chunk is its number, channel 1 the sample's position, so that
-every crop says where it came from. The shifted voice is the negated audio."""
+"""Work units and validation items, on the coordinate shards of `coordinates`."""
 
 import dataclasses
 import pickle
 import threading
-from typing import NamedTuple
 
 import numpy as np
 import pytest
+from coordinates import (
+    FRAMES,
+    RATE,
+    Folder,
+    coordinates,
+    recipe_of,
+    same,
+    training_folder,
+    write_folder,
+)
 
-from bgray import data, shards, storage
+from bgray import carried, data, shards
 from bgray.augment.gain import Gain
 from bgray.augment.polarity import Polarity
 from bgray.config import ConfigError, digest
-from bgray.data import Batch, Chunk, in_process, make_unit, on_ray, training_recipe
+from bgray.data import Batch, Chunk, make_unit
+from bgray.feed import in_process
 from bgray.prefetch import Prefetched
 from bgray.tasks import Unshift
-
-RATE, FRAMES = 8000, 900
-
-
-def coordinates(number, frames=FRAMES):
-    return np.stack([np.full(frames, number + 1), np.arange(1, frames + 1)]).astype(np.int16)
-
-
-def write_folder(url, layout, voices_of=None):
-    """layout: {shard name: number of chunks}; chunks are numbered through all shards."""
-    number, listed = 0, []
-    for name, count in layout.items():
-        rows = []
-        for _ in range(count):
-            audio = coordinates(number)
-            voices = voices_of(number) if voices_of else {"audio": audio, "shift_12": -audio}
-            flac = {voice: shards.encode_flac(a, RATE) for voice, a in voices.items()}
-            frames = voices["audio"].shape[1]
-            rows.append(shards.Row(f"file{number:03d}.wav", "group", 0, frames, flac))
-            number += 1
-        content = shards.encode_shard(rows, ["audio", "shift_12"])
-        storage.write_bytes(storage.join(url, name), content)
-        groups = -(-count // shards.ROW_GROUP_SIZE)
-        split = name.split("-")[0]
-        listed.append(shards.Shard(name, split, count, groups, len(content), digest(name)))
-    return shards.Manifest(
-        sample_rate=RATE,
-        channels=2,
-        voices={"audio": "flac", "shift_12": "flac"},
-        variants={},
-        files=[],
-        rejected=[],
-        duplicates=[],
-        ignored=0,
-        shards=tuple(listed),
-        options={},
-        plan="",
-    )
-
-
-class Folder(NamedTuple):
-    url: str
-    manifest: shards.Manifest
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Seven training row groups, of 8, 8, 3, 8, 8, 8 and 1 chunks, and nine validation chunks."""
-    url = str(tmp_path_factory.mktemp("coordinates"))
-    layout = {"train-00000.parquet": 19, "train-00001.parquet": 25, "validation-00000.parquet": 9}
-    return Folder(url, write_folder(url, layout))
-
-
-def recipe_of(folder, **changes):
-    options = {
-        "task": Unshift(),
-        "augment": (),
-        "segment": 64,
-        "batch_size": 8,
-        "seed": 3,
-        "groups_per_unit": 2,
-        "batches_per_unit": 3,
-    } | changes
-    return training_recipe(folder.manifest, folder.url, **options)
-
-
-def same(found, expected):
-    found, expected = list(found), list(expected)
-    assert [batch.step for batch in found] == [batch.step for batch in expected]
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(a.inputs, b.inputs)
-        np.testing.assert_array_equal(a.targets, b.targets)
+    return training_folder(tmp_path_factory.mktemp("coordinates"))
 
 
 # --- the stream
@@ -272,83 +214,6 @@ def test_an_octave_shifted_on_the_fly_has_the_prepared_ones_spectrum(shards_url)
         assert level == pytest.approx(0, abs=1)
 
 
-# --- Ray's feed
-
-
-@pytest.fixture(scope="module")
-def ray_here():
-    from bgray.cluster import ray_session
-
-    with ray_session() as ray:
-        yield ray
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, 3])
-def test_ray_data_delivers_what_a_thread_makes_whatever_the_number_of_tasks(
-    folder, ray_here, workers
-):
-    recipe = recipe_of(folder, augment=(Gain(), Polarity()))
-    found = on_ray(recipe, 0, 13, workers=workers, cpus=0.25)
-    same(found, in_process(recipe, 0, 13))
-
-
-@pytest.mark.ray
-def test_ray_data_started_in_the_middle_of_a_unit_delivers_a_ranks_share(folder, ray_here):
-    recipe = recipe_of(folder)
-    same(on_ray(recipe, 4, 8, 1, 2, cpus=0.25), in_process(recipe, 4, 8, 1, 2))
-
-
-@pytest.mark.ray
-def test_ray_datas_stream_can_be_left_early_and_the_next_one_starts(folder, ray_here):
-    recipe = recipe_of(folder)
-    early = on_ray(recipe, 0, 30, cpus=0.25)
-    same([next(early)], in_process(recipe, 0, 1))
-    early.close()
-    same(on_ray(recipe, 5, 7, cpus=0.25), in_process(recipe, 5, 7))
-
-
-def ray_that_delivers(monkeypatch, units):
-    """on_ray's blocks replaced by these (unit, how many batches)."""
-    import ray.data
-
-    class Fake:
-        class context:
-            class execution_options:
-                preserve_order = False
-
-        def map_batches(self, *args, **kwargs):
-            return self
-
-        def iter_batches(self, **kwargs):
-            assert self.context.execution_options.preserve_order
-            zeros = np.zeros((8, 1, 2), np.int16)
-            for unit, count in units:
-                many = np.stack([zeros] * count)
-                yield {"unit": np.full(count, unit), "inputs": many, "targets": many[:, :, None]}
-
-    monkeypatch.setattr(ray.data, "read_datasource", lambda *args, **kwargs: Fake())
-
-
-@pytest.mark.parametrize(
-    ("units", "message"),
-    [
-        ([(0, 3), (2, 3)], r"delivered units \[2\] with 3 batches where unit 1 "),
-        ([(1, 3), (0, 3)], r"delivered units \[1\] with 3 batches where unit 0 "),
-        ([(0, 2), (1, 3)], r"delivered units \[0\] with 2 batches where unit 0 with 3 was due"),
-        ([(0, 3), (0, 3)], r"delivered units \[0\] with 3 batches where unit 1 "),
-        ([(0, 3), (1, 3)], "ended after unit 1; unit 2 was to be the last"),
-    ],
-    ids=["dropped", "reordered", "torn", "repeated", "cut off"],
-)
-def test_blocks_that_ray_data_drops_reorders_or_repeats_are_an_error(
-    folder, monkeypatch, units, message
-):
-    ray_that_delivers(monkeypatch, units)
-    with pytest.raises(RuntimeError, match=message):
-        list(on_ray(recipe_of(folder), 0, 9))
-
-
 # --- the thread in between
 
 
@@ -489,3 +354,25 @@ def test_a_silent_chunk_is_left_out_and_its_place_taken_by_another(tmp_path):
 def test_a_validation_split_of_silence_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="all 6 validation crops of 64 samples are silent"):
         items_of(partly_silent(tmp_path, silent=set(range(6))))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigError("s.parquet, row group 1", [("", "corrupt <x>"), ("voice", "no such")]),
+        FileNotFoundError(2, "No such file", "/there"),
+        OSError(110, "tried for 300 s", "s3://bucket/s"),
+    ],
+)
+def test_an_error_of_a_unit_comes_out_of_ray_as_itself(error):
+    def fails():
+        raise error
+
+    with pytest.raises(RuntimeError) as caught:
+        carried.packed(fails)
+    pages = f"ray::MapBatches (pid=1)\n  frames\nRuntimeError: {caught.value}\nand more"
+    found = carried.unpacked(RuntimeError(pages))
+    assert (type(found), str(found)) == (type(error), str(error))
+    other = RuntimeError("an actor died")
+    assert carried.unpacked(other) is other
+    assert carried.packed(lambda: 3) == 3

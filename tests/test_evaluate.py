@@ -1,6 +1,7 @@
 """Whole tracks: separation on stem folders and shards, restoration, and what does not fit."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from bgray import bss, evaluate
 from bgray.config import ConfigError
 from bgray.context import Context
 from bgray.experiment import prepare_data, resolve, run_url
+from bgray.records import evaluations
 from bgray.shards import Options, prepare
 from bgray.trial import run_trial
 
@@ -91,7 +93,7 @@ def test_the_command_prints_medians_and_draws_boxes(separation_run, tmp_path, ca
     tracks = write_tracks(tmp_path / "test", num=2)
     evaluate.main([separation_run, "--tracks", str(tracks), "--seconds", "2", "--device", "cpu"])
     out = capsys.readouterr().out
-    assert "medians over 2 tracks" in out
+    assert "medians over 2 tracks" in " ".join(out.split())
     assert all(metric in out for metric in bss.METRICS)
     svg = open(re.search(r"box plots: (\S+)", out).group(1)).read()
     assert svg.lstrip().startswith("<?xml")
@@ -174,3 +176,28 @@ def test_numbers_out_of_range_are_refused(arguments, text, capsys):
         evaluate.main(["run", *arguments])
     assert ended.value.code == 2
     assert text in capsys.readouterr().err
+
+
+def test_the_best_checkpoint_is_evaluated_when_it_is_asked_for_and_says_so(tiny, capsys):
+    tiny["train"]["steps"], tiny["validation"]["every"] = 12, 2
+    tiny["optim"] = {"name": "muon", "lr": 0.05}
+    experiment = resolve(tiny, "test")
+    run_trial(experiment, prepare_data(experiment), Context())
+    url = run_url(experiment)
+    scores = {s: m["val_stft"] for s, m in evaluations(url)}
+    best = min(scores, key=scores.__getitem__)
+    assert best != 12
+    latest = evaluate.evaluate(url, limit=1, device="cpu")
+    found = evaluate.evaluate(url, limit=1, device="cpu", checkpoint="best")
+    assert (latest["step"], found["step"]) == (12, best)
+    assert latest["place"] != found["place"]
+    assert latest["task"] != found["task"]
+    capsys.readouterr()
+    evaluate.main([url, "--limit", "1", "--device", "cpu", "--checkpoint", "best"])
+    assert f"after {best} steps (best)" in capsys.readouterr().out
+
+
+def test_a_run_without_a_best_state_says_so(separation_run):
+    os.remove(f"{separation_run}/checkpoint/best")
+    with pytest.raises(ConfigError, match="has no best checkpoint yet"):
+        evaluate.evaluate(separation_run, device="cpu", checkpoint="best")

@@ -1,6 +1,8 @@
 """Imports point one way, and only the modules that are about Ray import it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,32 +11,120 @@ PACKAGE = Path(__file__).parent.parent / "bgray"
 
 # Each layer may import from those above it, and from itself.
 LAYERS = [
-    {"problems"},
-    {"document"},
-    {"config", "storage", "band", "metrics", "probes", "instruments"},
-    {"schedules", "midi", "rendering", "bss", "boxplot", "encoding"},
+    {"problems", "overlap"},
+    {"carried", "document", "sweep_config", "draws", "trackers"},
+    {
+        "config",
+        "retries",
+        "cluster_yaml",
+        "spot",
+        "band",
+        "metrics",
+        "muon",
+        "probes",
+        "starts",
+        "warm",
+        "instruments",
+        "provenance",
+        "fleet_state",
+        "guards",
+        "holder",
+        "rungs",
+        "tpe",
+        "verdicts",
+    },
+    {"storage", "aws_check", "kuberay_check"},
+    {"cluster_check"},
+    {
+        "notes",
+        "lines",
+        "schedules",
+        "midi",
+        "rendering",
+        "bss",
+        "boxplot",
+        "encoding",
+        "event_files",
+        "growing",
+        "varying",
+    },
+    {"hearing"},
     {"optim", "augment", "losses", "models"},
-    {"cluster", "records", "shards", "sources", "layouts", "plan", "ingest", "shards_command"},
+    {
+        "resources",
+        "session",
+        "records",
+        "lease_files",
+        "leases",
+        "shards",
+        "sources",
+        "layouts",
+        "plan",
+        "ingest",
+        "shards_command",
+    },
     {"checkpoint", "tracks"},
-    {"console", "data", "resources"},
+    {"console", "data"},
+    {"unit_file", "feed_key", "feed_room", "prefetch"},
+    {"feed_cache"},
+    {"feed"},
+    {"capacity"},
     {"tasks"},
     {"build"},
-    {"conflicts", "loop", "ranks", "prefetch"},
-    {"experiment"},
+    {"transfer", "step"},
+    {"choices"},
+    {"conflicts", "loop", "ranks", "lineage"},
+    {"experiment", "pbt"},
     {"context", "observe"},
-    {"evaluation"},
-    {"trial"},
-    {"train", "search", "inference"},
-    {"evaluate", "apply", "oracle", "plateau"},
-    {"summary"},
-    {"sweep"},
-    {"bench"},
+    {"evaluation", "rehearsal"},
+    {"logbook", "trial", "packing", "costs"},
+    {"train", "search", "inference", "variants"},
+    {"cells"},
+    {"answers", "clips", "blind", "listening"},
+    {"evaluate", "apply", "oracle", "plateau", "compare", "curves"},
+    {"results", "specimen"},
+    {"thinning", "drawing"},
+    {"quality", "parallel"},
+    {"figures"},
+    {"reading"},
+    {"agenda", "known", "screening"},
+    {"summary", "remote", "tuning", "forecast", "tensorboard", "sharing"},
+    {"sweep", "shipment"},
+    {"jobs"},
+    {"fleet"},
+    {"cluster"},
+    {"findings"},
+    {"report_clips"},
+    {"report_text", "report_data"},
+    {"report_page"},
+    {"report"},
+    {"watching", "details", "overview"},
+    {"page"},
+    {"dashboard"},
+    {"devices", "bench_turns", "bench_ray", "bench_plain"},
+    {"bench_makers", "bench_trial"},
+    {"bench_feed", "bench_split"},
+    {"bench_step"},
+    {"bench_targets"},
+    {"bench", "bench_page", "bench_sweep"},
 ]
-# They hand work to Ray; `cluster` starts it. context and trial only ask a running Ray how many
+# They hand work to Ray; `session` starts it. context and trial only ask a running Ray how many
 # CPUs there are.
-RAY = {"cluster", "data", "ingest", "train", "sweep", "context", "trial", "oracle", "evaluate"}
+RAY = {"session", "feed", "ingest", "train", "tuning", "trial", "oracle", "evaluate"}
+RAY |= {"spot", "capacity", "cluster_check", "kuberay_check", "fleet", "remote", "jobs"}
+RAY |= {"bench_trial", "context", "fleet_state", "packing", "tpe", "tensorboard", "trackers"}
 NO_TORCH = {"config", "storage", "records", "console", "band", "shards", "sources", "plan"}
-NO_TORCH |= {"layouts", "midi", "rendering", "encoding", "instruments"}
+NO_TORCH |= {"layouts", "midi", "rendering", "encoding", "instruments", "provenance"}
+NO_TORCH |= {"verdicts", "variants", "compare", "sweep_config", "draws", "tpe"}
+NO_TORCH |= {"retries", "spot", "resources", "cluster_yaml", "cluster_check", "aws_check"}
+NO_TORCH |= {"cells", "curves", "results", "reading", "specimen"}
+NO_TORCH |= {"thinning", "drawing", "quality", "parallel", "figures", "bench_page"}
+NO_TORCH |= {"event_files", "trackers", "growing", "varying"}
+NO_TORCH |= {"hearing", "answers", "clips", "blind", "listening"}
+NO_TORCH |= {"watching", "details", "overview", "page", "dashboard"}
+NO_TORCH |= {"notes", "findings", "report", "report_text", "report_data", "report_page"}
+NO_TORCH |= {"report_clips", "starts", "warm", "bench_turns"}
+NO_TORCH |= {"packing", "guards", "holder", "lines", "leases", "lease_files", "rungs"}
 
 
 def modules():
@@ -98,6 +188,13 @@ def test_ray_is_imported_only_where_work_is_handed_to_it_and_inside_functions(pa
 @pytest.mark.parametrize("name", sorted(NO_TORCH))
 def test_reading_records_and_shards_needs_no_torch_at_import(name):
     assert "torch" not in {n.split(".")[0] for n in imports(PACKAGE / f"{name}.py", top_only=True)}
+
+
+def test_a_process_that_only_makes_batches_starts_without_torch():
+    code = "import sys, bgray.feed, bgray.tasks, bgray.augment\n"
+    code += "print([name for name in ('torch', 'scipy.signal') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)

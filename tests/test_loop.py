@@ -1,4 +1,5 @@
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -6,10 +7,11 @@ import torch
 from torch import nn
 
 from bgray.data import Batch
-from bgray.loop import Every, NotFinite, State, fit, to_device
+from bgray.loop import Every, NotFinite, State, fit
 from bgray.losses import LossSum
 from bgray.losses.waveform import L1
 from bgray.optim import adamw
+from bgray.transfer import to_device
 
 
 class Gain(nn.Module):
@@ -126,6 +128,73 @@ def test_a_loss_that_is_not_finite_is_named_by_its_exact_step(step):
     assert caught.value.step == step
 
 
+def test_on_the_cpu_nothing_is_trained_after_the_step_that_is_not_finite():
+    loss, saved = Explodes(3), []
+    with pytest.raises(NotFinite, match="loss not finite at step 3 ") as caught:
+        run(loss=loss, every=Every(log=100, checkpoint=2), save=lambda s: saved.append(s.step))
+    assert (loss.calls, saved) == (3, [2])
+    (values,) = caught.value.values
+    assert math.isnan(values["loss"])
+    assert math.isfinite(values["loss_l1"])  # the part itself was in order
+    assert values["lr_0"] == 0.01
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.step, str(again)) == (3, str(caught.value))
+
+
+def test_among_ranks_the_values_of_the_step_are_kept_until_all_ask():
+    loss, met = Explodes(3), []
+    with pytest.raises(NotFinite) as caught:
+        run(
+            loss=loss,
+            every=Every(log=5),
+            earliest=lambda step: step,
+            together=lambda values: met.append(values) or [None, values],
+        )
+    assert loss.calls == 5
+    assert caught.value.step == 3
+    assert caught.value.values == met
+    assert met[0]["loss_l1"] == pytest.approx(run(every=Every(log=1))[2][2][2]["loss_l1"])
+
+
+def test_a_part_that_is_not_finite_is_named():
+    error = NotFinite(4, 0, [{"loss": math.nan, "loss_l1": 0.1, "loss_mel": math.inf}])
+    assert str(error).startswith("loss_mel not finite at step 4 (batch 3 of seed 0); ")
+    error = NotFinite(4, 0, [{"loss": 0.1, "loss_l1": 0.1, "grad_norm": math.inf}])
+    assert str(error).startswith("grad_norm not finite at step 4 ")
+
+
+def test_an_evaluation_better_than_all_before_it_is_saved_at_once():
+    scores, saved = {2: 3.0, 4: 2.0, 6: 2.5, 8: 1.0, 10: 4.0}, []
+    best = []
+
+    def improved(found):
+        better = not best or found["val"] < min(best)
+        best.append(found["val"])
+        return better
+
+    run(
+        evaluate=lambda model, step: {"val": scores[step]},
+        every=Every(log=10, evaluate=2, checkpoint=5),
+        improved=improved,
+        save=lambda state: saved.append(state.step),
+    )
+    assert saved == [2, 4, 5, 8, 10]
+
+
+def test_a_state_that_is_on_disk_is_not_written_again_while_no_batch_comes():
+    class Ends:
+        asked = True
+
+        def __iter__(self):
+            return iter(())
+
+    saved = []
+    _, state, _ = run(
+        state=State(5), stream=Ends(), stop=lambda: True, save=lambda s: saved.append(s.step)
+    )
+    assert (state.step, saved) == (5, [])
+
+
 def test_a_gap_in_the_stream_is_an_error_and_so_is_its_early_end():
     with pytest.raises(RuntimeError, match="batch of step 2 was due, but step 3 came"):
         run(stream=iter([*batches(0, 2), *batches(3, 9)]))
@@ -173,3 +242,27 @@ def test_shared_batches_are_never_written_to():
     audio.mul_(2)
     assert samples.tolist() == [[[16384] * 4]]
     assert audio.tolist() == [[[1.0] * 4]]
+
+
+def test_a_stop_that_is_asked_for_while_no_batch_comes_leaves_a_checkpoint():
+    import threading
+
+    from bgray.prefetch import Prefetched
+
+    never, saved, asked = threading.Event(), [], []
+
+    def slow():
+        yield from batches(0, 3)
+        never.wait(20)
+
+    def stop():
+        return bool(asked)
+
+    with Prefetched(slow(), stall_seconds=10, stop=stop) as stream:
+        timer = threading.Timer(0.5, lambda: asked.append(True))
+        timer.start()
+        _, state, _ = run(stream=stream, stop=stop, save=lambda state: saved.append(state.step))
+        timer.join()
+        never.set()
+    assert state.step == 3
+    assert saved == [3]

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bgray.models import MODELS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def noise(*shape, seed=1):
     return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -158,15 +160,6 @@ TINY: dict[str, Tiny] = {
     "wavenet": Tiny(WAVENET, sources=2, lr=1e-2, dead=WAVENET_DEAD),
     "wavenet shared": Tiny({**WAVENET, "shared_convolutions": True}, gain=(0.001, 10.0)),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny operations gain nothing from threads and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def entry(key):

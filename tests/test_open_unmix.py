@@ -4,18 +4,11 @@ import torch
 
 from bgray.models.open_unmix import OpenUnmix, Resample, bins_below
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MR1 = {"order": "act_bn", "out_bn": False, "output_mean_init": 0.0}
 MR2 = {**MR1, "rnn": "gru"}
 SMALL = {"n_fft": 64, "hop": 16, "bandwidth_hz": 3000.0, "hidden": 8, "layers": 1}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny operations gain nothing from threads and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def noise(*shape, seed=1):

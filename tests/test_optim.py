@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from bgray import optim
 from bgray.models.wav_unet import WavUNet
-from bgray.optim import describe_groups, orthogonalize, roles
+from bgray.optim import describe_groups, roles
 from bgray.schedules import WarmupStableDecay, set_lr
 
 HEAVYBALL = ("psgd", "soap")
@@ -196,26 +196,6 @@ def test_muon_says_so_when_there_is_nothing_for_it():
 # --- updates --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (24, 60), (60, 24), (8, 1, 41), (64, 3, 3, 3)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_orthogonalized_matrices_have_singular_values_near_one(shape, dtype):
-    (p,) = with_grads(shape)
-    matrix = p.detach().reshape(1, shape[0], -1)
-    values = torch.linalg.svdvals(orthogonalize(matrix, 6, dtype).float())
-    assert values.min() > 0.6  # a square Gaussian's smallest singular value starts near zero
-    assert values.max() < 1.25
-
-
-def test_a_batch_of_matrices_is_orthogonalized_like_one_at_a_time():
-    matrices = torch.randn(5, 24, 60, generator=torch.Generator().manual_seed(0))
-    for dtype, atol in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
-        batched = orthogonalize(matrices, 6, dtype)
-        for matrix, ours in zip(matrices, batched, strict=True):
-            torch.testing.assert_close(
-                ours, orthogonalize(matrix[None], 6, dtype)[0], atol=atol, rtol=0
-            )
-
-
 def test_muon_steps_a_rank_one_matrix_by_the_solved_amount():
     # Three iterations of a*s + b*s^3 + c*s^5 from s = 1 for the one singular value.
     s = 1.0
@@ -268,10 +248,13 @@ def test_parameters_without_gradient_stay_and_keep_no_state():
     assert len(optimizer.state_dict()["state"]) == 2
 
 
-def test_the_adamw_half_of_muon_is_torch_adamw_bit_for_bit():
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_adamw_half_of_muon_is_torch_adamw(fused):
     ours, theirs = (with_grads((6, 4), (7,), (1, 1, 9)) for _ in range(2))
     optimizer = optim.muon(Holder(ours), adamw_lr=0.01, betas=(0.8, 0.9), adamw_weight_decay=0.1)
-    reference = torch.optim.AdamW(theirs[1:], lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
+    reference = torch.optim.AdamW(
+        theirs[1:], lr=0.01, betas=(0.8, 0.9), weight_decay=0.1, fused=fused
+    )
     for step in range(5):
         for a, b in zip(ours, theirs, strict=True):
             b.grad = torch.randn(b.shape, generator=torch.Generator().manual_seed(step))
@@ -279,9 +262,11 @@ def test_the_adamw_half_of_muon_is_torch_adamw_bit_for_bit():
         optimizer.step()
         reference.step()
     for a, b in zip(ours[1:], theirs[1:], strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b) or not fused
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
     ("name", "options", "reference"),
     [
@@ -290,11 +275,11 @@ def test_the_adamw_half_of_muon_is_torch_adamw_bit_for_bit():
         ("sgd", {"momentum": 0.0, "nesterov": False}, torch.optim.SGD),
     ],
 )
-def test_adam_and_sgd_are_torch_bit_for_bit(name, options, reference):
+def test_adam_and_sgd_are_torchs(name, options, reference, fused):
     ours, theirs = (with_grads((6, 4), (7,)) for _ in range(2))
     optimizers = (
         optim.OPTIMIZERS[name](Holder(ours), lr=0.01, **options),
-        reference(theirs, lr=0.01, **options),
+        reference(theirs, lr=0.01, fused=fused, **options),
     )
     for step in range(5):
         for a, b in zip(ours, theirs, strict=True):
@@ -303,7 +288,8 @@ def test_adam_and_sgd_are_torch_bit_for_bit(name, options, reference):
         for optimizer in optimizers:
             optimizer.step()
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b) or not fused
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_nesterov_without_momentum_is_the_plain_step():

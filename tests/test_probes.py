@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from bgray.probes import WARM_UP_STEPS, Clock, memory, reset_memory
+from bgray.probes import WARM_UP_STEPS, Clock, memory, out_of_memory, reset_memory
 
 
 class FakeTime:
@@ -80,3 +80,19 @@ def test_resident_memory_peak_sees_an_allocation_and_can_be_reset():
     reset_memory(device)
     assert memory(device)["rss_peak_gib"] < before + 0.06
     assert memory(device)["vram_peak_gib"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [
+        ("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has", 0.02),
+        ("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has", 1.5),
+        ("CUDA out of memory. Tried to allocate 512.00 KiB.", 0.0),
+        ("CUDA error: out of memory", None),
+    ],
+)
+def test_how_much_did_not_fit_is_read_from_the_error(text, gib):
+    found = out_of_memory(torch.device("cpu"), torch.cuda.OutOfMemoryError(text), 4.7496)
+    assert found["asked_gib"] == gib
+    assert found["limit_gib"] == 4.75
+    assert found["peak_gib"] is None  # nothing was measured on a CPU

@@ -8,9 +8,11 @@ import torch.multiprocessing
 from torch import nn
 
 from bgray import ranks
+from bgray.ranks import REASONS
+from bgray.records import CTRL_C, NOTICE
 
 
-def worker(rank, port, asked_by):
+def worker(rank, port, asked_by, reason):
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
@@ -30,11 +32,13 @@ def worker(rank, port, asked_by):
 
     def wanted():
         asks.append(True)
-        return rank == asked_by
+        return reason if rank == asked_by else ""
 
     stop = ranks.stop_together(wanted, 3, torch.device("cpu"))
-    assert [stop() for _ in range(6)] == [False, False, True] * 2
+    assert [stop() for _ in range(6)] == ["", "", reason] * 2
     assert len(asks) == 2
+    both = ranks.stop_together(lambda: REASONS[1 + rank], 1, torch.device("cpu"))
+    assert both() == NOTICE  # outweighs Ctrl-C: the machine goes, whoever asked
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -43,4 +47,4 @@ def test_two_ranks_share_buffers_average_and_stop_together_whoever_is_asked():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, 1), nprocs=2)
+    torch.multiprocessing.spawn(worker, (port, 1, CTRL_C), nprocs=2)

@@ -3,8 +3,9 @@ import copy
 import pytest
 import yaml
 
-from bgray.config import ConfigError, Sweep
-from bgray.search import combinations, expand
+from bgray.config import ConfigError
+from bgray.search import combinations, decays_too_soon, expand, rungs
+from bgray.sweep_config import Sweep
 
 
 def labels(**spec):
@@ -94,7 +95,7 @@ def test_every_trial_is_resolved_and_a_mistake_in_one_is_named_with_it(sweep_fil
 
 def test_the_same_experiment_by_two_ways_is_one_trial(sweep_file):
     _, trials = expand(
-        sweep_file(variants={"base": {}, "seven": {"model.kernels": [7]}, "x": {"train.seed": 1}})
+        sweep_file(variants={"base": {}, "seven": {"model.kernels": [7]}, "x": {"optim.lr": 0.1}})
     )
     assert [trial.label for trial in trials] == ["base = seven", "x"]
 
@@ -129,8 +130,9 @@ def test_every_variant_gets_the_same_random_points():
 @pytest.mark.parametrize(
     ("keys", "sets", "text"),
     [
-        ({"search": {"train.seed": [0, 1]}}, ("train.seed=3",), "search sets it for each trial"),
-        ({"variants": {"a": {"train.seed": 1}}}, ("train={seed: 3}",), "a sets it for each trial"),
+        ({"search": {"optim.lr": [0.1, 1]}}, ("optim.lr=0.3",), "search sets it for each trial"),
+        ({"variants": {"a": {"optim.lr": 0.1}}}, ("optim={lr: 0.3}",), "a sets it for each trial"),
+        ({"search": {"train.seed": [0, 1]}}, (), "write `seeds: 3`"),
         ({"search": {"runtime.gpus": [0.5, 1]}}, (), "'runtime' cannot vary"),
         ({"search": {"asha.grace_steps": [1]}}, (), "'asha' cannot vary"),
         ({"search": {"name": ["a", "b"]}}, (), "'name' cannot vary"),
@@ -149,3 +151,59 @@ def test_what_cannot_take_effect_is_refused(sweep_file, keys, sets, text):
 def test_numbers_that_cannot_be_drawn_between_are_refused(spec):
     with pytest.raises(ConfigError, match="search.a"):
         combinations(Sweep(base={}, search={"a": spec}), "f")
+
+
+def test_a_variant_has_one_id_for_all_its_seeds_and_runs_differ(sweep_file):
+    sweep, trials = expand(sweep_file(search={"model.kernels": [[7], [7, 23]]}, seeds=3))
+    assert [trial.seed for trial in trials] == [0, 0, 1, 1, 2, 2]
+    assert len({trial.variant for trial in trials}) == 2
+    assert len({trial.id for trial in trials}) == 6
+    assert sweep.baseline == "kernels=[7]"
+    assert trials[1].with_seed(2) == trials[5]
+
+
+def test_more_steps_are_the_same_run_unless_the_schedule_depends_on_them(sweep_file):
+    def ids(**keys):
+        path = sweep_file(**keys)
+        return {expand(path, (f"train.steps={n}",))[1][0].id for n in (24, 48)}
+
+    assert len(ids()) == 1
+    assert len(ids(schedule={"name": "plateau"})) == 1
+    assert len(ids(schedule={"name": "wsd"})) == 2
+
+
+@pytest.mark.parametrize(("share", "starts"), [(0.1, 72), (0.2, 64), (0.5, 40)])
+def test_a_rate_that_decays_before_the_last_rung_is_warned_of(sweep_file, share, starts):
+    path = sweep_file(
+        schedule={"name": "wsd", "decay_share": share}, asha={"grace_steps": 8}, seeds=2
+    )
+    sweep, trials = expand(path, ("train.steps=80",))
+    assert rungs(sweep, trials) == (8, 24, 72)
+    text = decays_too_soon(sweep, trials)
+    assert text == "" if starts >= 72 else f"decays from step {starts} on" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "path"),
+    [
+        ({"seeds": 0}, "seeds"),
+        ({"baseline": "kernels=[8]"}, "baseline"),
+        ({"screening": {"shortlist": 1, "seeds": 3}, "seeds": 2}, "seeds"),
+        ({"screening": {"shortlist": 1, "seeds": 1}}, "screening.seeds"),
+        ({"budget": {"gpu_hours": 0}}, "budget.gpu_hours"),
+        ({"asha": {"grace_steps": 8, "controls": 2}}, "asha.controls"),
+        ({"search": {"train.steps": [16, 24]}}, "train.steps"),
+        (
+            {
+                "asha": {"grace_steps": 8},
+                "schedule": {"name": "wsd"},
+                "search": {"train.steps": [16, 24]},
+            },
+            "train.steps",
+        ),
+    ],
+)
+def test_what_makes_no_sense_of_seeds_and_rungs_is_refused(sweep_file, keys, path):
+    with pytest.raises(ConfigError) as caught:
+        expand(sweep_file(**keys))
+    assert path in dict(caught.value.problems)

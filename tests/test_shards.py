@@ -1089,6 +1089,8 @@ def test_a_shard_that_cannot_be_read_is_named(source, tmp_path, how):
 def test_a_network_error_is_not_a_corrupt_shard(source, tmp_path, s3, monkeypatch, failure):
     manifest = prepare_here(source, f"{s3}/timed")
     fs, _ = storage.filesystem(s3)
+    monkeypatch.setattr("bgray.retries.RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("bgray.retries._given_up", {})
 
     def fail(*_, **__):
         raise failure

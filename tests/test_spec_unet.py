@@ -6,14 +6,7 @@ import torch.nn.functional as F
 
 from bgray.models.spec_unet import Down2d, SpecUNet, Up2d
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny operations gain nothing from threads and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SMALL_V1 = {

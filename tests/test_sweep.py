@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_tensorboard import multiplexer, session
 
-from bgray.records import read_info, read_lines, runs
+from bgray.records import evaluations, read_info, read_lines, runs
+from bgray.search import expand
 
 pytestmark = pytest.mark.ray
 
@@ -46,6 +48,7 @@ def sweep_file(tiny, tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_a_sweep_prunes_reports_what_diverged_and_is_done_when_run_again(sweep_file, tmp_path):
     path = sweep_file(
         variants={
@@ -65,24 +68,50 @@ def test_a_sweep_prunes_reports_what_diverged_and_is_done_when_run_again(sweep_f
     assert len(by_state) == 4
     assert "not finite at step" in out
     assert "unprocessed input" in out
-    assert len(out.splitlines()) < 40, "Ray's own output got through"
+    assert len(out.splitlines()) < 60, "Ray's own output got through"
+    by_start = sorted(runs(folder), key=lambda run: run.info["attempts"][-1]["entered_at"])
+    # One process for all of them.
+    assert [run.info["attempts"][-1]["warm"] for run in by_start] == [False, True, True, True]
+    assert len({run.info["attempts"][-1]["pid"] for run in by_start}) == 1
     (mad,) = [run for run in runs(folder) if run.state == "diverged"]
     assert "at step " in mad.info["reason"]
-    # Tune's own TensorBoard files are kept.
-    assert list(Path(folder, ".ray").rglob("events.out.tfevents*"))
+    assert f"tensorboard --logdir {folder}/.ray/tune" in out
+    assert not Path(folder, ".ray", "session.json").exists()
+    shown_as_they_are(folder)
     before = {run.id: run.info for run in runs(folder)}
     began = time.monotonic()
     again = sweep(path)
     assert {run.id: run.info for run in runs(folder)} == before
     assert "unprocessed input" in again
+    assert f"bgray.dashboard {folder}" in again
     assert time.monotonic() - began < 60
 
 
+def shown_as_they_are(folder):
+    """Every trial is one run in TensorBoard, with the evaluations that its own folder has."""
+    found = multiplexer(f"{folder}/.ray/tune")
+    assert len(found.Runs()) == 1 + len(runs(folder))
+    for run in runs(folder):
+        (name,) = [name for name in found.Runs() if name.endswith(f"-{run.id}")]
+        reader = found.GetAccumulator(name)
+        tags = reader.Tags()["tensors"]
+        expected = [step for step, _ in evaluations(run.url)]
+        got = [e.step for e in reader.Tensors("val/val_stft")] if "val/val_stft" in tags else []
+        assert got == expected
+        assert not [tag for tag in tags if tag.startswith("ray/")]
+        assert "seed" in session(reader, "session_start_info").hparams
+        assert session(reader, "session_end_info") is not None
+
+
 @pytest.mark.slow
-def test_a_trial_fed_by_ray_data_with_results_on_s3_equals_a_local_one(sweep_file, tmp_path, s3):
+def test_a_trial_fed_by_ray_data_with_results_on_s3_equals_a_local_one(
+    sweep_file, tmp_path, s3, monkeypatch
+):
     path = sweep_file()
     sweep(path, f"runtime.results={s3}/results", "runtime.feed=ray")
     (remote,) = runs(f"{s3}/results/tiny")
+    monkeypatch.setenv("S3_ENDPOINT", os.environ["AWS_ENDPOINT_URL"])
+    shown_as_they_are(f"{s3}/results/tiny")
     assert remote.state == "finished"
     assert remote.info["feed"] == "ray"
     from bgray.train import main
@@ -95,9 +124,34 @@ def test_a_trial_fed_by_ray_data_with_results_on_s3_equals_a_local_one(sweep_fil
 
 
 @pytest.mark.slow
+def test_after_a_trial_that_failed_the_next_one_gets_a_new_process_and_says_why(
+    sweep_file, tmp_path
+):
+    path = sweep_file(seeds=3)
+    _, (first, *others) = expand(str(path))
+    Path(first.url).mkdir(parents=True)
+    Path(first.url, "experiment.yaml").write_text("name: another\n")
+    sweep(path, "runtime.concurrency=1", code=1)
+    assert read_info(first.url)["state"] == "failed"
+    seen = [read_info(trial.url)["attempts"][-1] for trial in others]
+    assert [attempt["warm"] for attempt in seen] == [False, True]
+    assert seen[0]["why_new"] == "the trial before ended with ConfigError"
+    assert "why_new" not in seen[1]
+    assert seen[0]["pid"] == seen[1]["pid"]
+    assert {run.state for run in runs(str(tmp_path / "results" / "tiny"))} == {
+        "failed",
+        "finished",
+    }
+
+
+@pytest.mark.slow
 def test_trials_of_several_workers_run_train_inside_tune_and_are_pruned(sweep_file, tmp_path):
     path = sweep_file(
-        variants={"calm": {"optim.lr": 1e-6}, "fast": {"optim.lr": 1e-2}},
+        variants={
+            "fast": {"optim.lr": 1e-2},  # the baseline, which nobody stops
+            "calm": {"optim.lr": 1e-6},
+            "slow": {"optim.lr": 1e-3},
+        },
         asha={"grace_steps": 50, "reduction_factor": 2},
     )
     # Long enough that the second trial is still at it when word of its rung has gone round.
@@ -112,7 +166,7 @@ def test_trials_of_several_workers_run_train_inside_tune_and_are_pruned(sweep_fi
 
 @pytest.mark.slow
 def test_a_sweep_killed_with_9_goes_on_to_the_same_curves(sweep_file, tmp_path):
-    path = sweep_file(search={"train.seed": [0, 1]})
+    path = sweep_file(seeds=2)
     overrides = ("train.steps=600", "validation.every=200", "runtime.checkpoint_every=50")
     process = subprocess.Popen(
         command(path, *overrides), stdout=subprocess.DEVNULL, start_new_session=True
@@ -125,6 +179,7 @@ def test_a_sweep_killed_with_9_goes_on_to_the_same_curves(sweep_file, tmp_path):
     assert "finished" not in {run.state for run in runs(str(folder))}
     sweep(path, *overrides)
     sweep(path, *overrides, f"runtime.results={tmp_path / 'unbroken'}")
+    shown_as_they_are(str(folder))  # also what the killed command has written
     unbroken = runs(str(tmp_path / "unbroken" / "tiny"))
     assert len(unbroken) == 2
     for run in unbroken:
@@ -136,7 +191,7 @@ def test_a_sweep_killed_with_9_goes_on_to_the_same_curves(sweep_file, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_checkpoints_every_trial_and_the_same_command_goes_on(sweep_file, tmp_path):
-    path = sweep_file(search={"train.seed": [0, 1]})
+    path = sweep_file(seeds=2)
     overrides = ("train.steps=4000", "validation.every=2000", "runtime.checkpoint_every=2000")
     process = subprocess.Popen(
         command(path, *overrides), stdout=subprocess.PIPE, text=True, start_new_session=True

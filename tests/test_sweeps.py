@@ -44,7 +44,7 @@ QUESTIONS = {
     ],
     "003": ["rolls", "rolls_losses"],
     "004": ["open_unmix", "umx_window", "oracle"],
-    "none": ["quickstart"],
+    "none": ["quickstart", "verdicts", "precision"],
 }
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -87,11 +86,9 @@ def test_builtin_tracks_are_the_bands_songs():
 
 def test_a_track_travels_without_its_sound():
     track = tracks.builtin(1, seconds=300)[0]
-    began = time.perf_counter()
     packed = pickle.dumps(track)
     assert len(packed) < 2000
     assert pickle.loads(packed) == track
-    assert time.perf_counter() - began < 1
 
 
 def test_a_track_found_by_a_relative_path_is_read_from_any_folder(tmp_path, monkeypatch):

@@ -22,15 +22,15 @@ import torch
 import yaml
 from torch import nn
 
-from bgray import checkpoint, data, shards, storage, trial
+from bgray import checkpoint, feed, shards, storage, trial
 from bgray.build import build_task
 from bgray.config import ConfigError, digest
 from bgray.context import Context
 from bgray.evaluation import Evaluator
-from bgray.experiment import build_validation, prepare_data, resolve, run_url
+from bgray.experiment import build_recipe, build_validation, prepare_data, resolve, run_url
 from bgray.loop import NotFinite
 from bgray.losses import LossSum
-from bgray.records import read_info, read_lines
+from bgray.records import CTRL_C, Superseded, evaluations, read_info, read_lines
 from bgray.trial import run_trial
 
 CURVES = ("metrics.jsonl", "validation_items.jsonl")
@@ -54,7 +54,7 @@ def train(experiment, **context):
 def stop_after(steps):
     """Context.stop that says yes at the `steps`-th question, one a step."""
     asked = itertools.count(1)
-    return lambda: next(asked) == steps
+    return lambda: CTRL_C if next(asked) == steps else ""
 
 
 def curves(url):
@@ -97,6 +97,78 @@ def test_a_run_stopped_and_resumed_ends_with_the_unbroken_ones_bytes(tiny, tmp_p
     info = read_info(url)
     assert (info["state"], info["step"], info["reason"]) == ("finished", 24, None)
     assert [attempt["from_step"] for attempt in info["attempts"]] == [0, step]
+
+
+def test_a_run_whose_process_dies_again_and_again_at_one_step_is_given_up(tiny, tmp_path):
+    experiment = at(tiny, tmp_path)
+    url = train(experiment, stop=stop_after(8), session="s")
+    path = storage.join(url, "run.json")
+    info = read_info(url)
+    dead = {key: value for key, value in info["attempts"][0].items() if key != "ended"}
+    dead |= {"from_step": 8, "pid": 2**22 + 1}
+    for session, state in (("s", "failed"), ("another", "finished")):
+        info |= {"state": "running", "attempts": [dead] * 3}
+        storage.write_bytes(path, json.dumps(info).encode())
+        train(experiment, session=session)
+        assert read_info(url)["state"] == state
+        if session == "s":
+            assert "died 3 times after step 8" in read_info(url)["reason"]
+
+
+def dies_after(steps):
+    """Context.stop in whose n-th question the process is gone: nothing is written any more."""
+    asked = itertools.count(1)
+
+    def stop():
+        if next(asked) == steps:
+            raise Superseded("kill -9")
+        return ""
+
+    return stop
+
+
+def best_of(url):
+    """(what its pointer says without the file's hash, the weights) of the best state."""
+    name, _, _, score = storage.read_bytes(url + "/checkpoint/best").decode().split()
+    return (name, score), checkpoint.load(url, which="best")["model"]
+
+
+@pytest.mark.parametrize("every", [3, 8, 24], ids=lambda every: f"checkpoint_every {every}")
+def test_the_best_state_is_that_of_the_unbroken_run_wherever_it_was_killed(tiny, tmp_path, every):
+    options = {"optim": {"name": "muon", "lr": 0.05}, "runtime": {"checkpoint_every": every}}
+    options["validation"] = {"every": 4}
+    unbroken = train(at(tiny, tmp_path / "unbroken", **options))
+    values = [m["val_stft"] for _, m in evaluations(unbroken)]
+    step = 4 * (1 + int(np.argmin(values)))
+    pointer, weights = best_of(unbroken)
+    assert pointer == (f"step-{step:08d}.pt", f"val_stft={min(values)!r}")
+    for kills in ((9,), (5, 5, 5, 5), (17, 2, 3)):
+        broken = at(tiny, tmp_path / "-".join(map(str, kills)), **options)
+        for number, after in enumerate(kills):
+            with pytest.raises(Superseded):
+                train(broken, stop=dies_after(after), session=str(number))
+        url = train(broken)
+        found, ours = best_of(url)
+        assert found == pointer
+        assert all(torch.equal(weights[name], tensor) for name, tensor in ours.items())
+        assert curves(url) == curves(unbroken)
+        states = [name for name in storage.listdir(url + "/checkpoint") if name.endswith(".pt")]
+        assert len(states) <= 2
+
+
+def test_where_the_best_state_is_gone_the_next_evaluated_one_takes_its_place(tiny, tmp_path):
+    experiment = at(tiny, tmp_path, optim={"lr": 1e-30})  # nothing later is better
+    url = train(experiment, stop=stop_after(11))
+    assert best_of(url)[0][0] == "step-00000008.pt"
+    for name in ("best", "step-00000008.pt"):  # as an older version left it
+        Path(url, "checkpoint", name).unlink()
+    train(experiment, stop=stop_after(2))
+    assert not Path(url, "checkpoint/best").exists()
+    train(experiment, stop=stop_after(7))  # at step 20
+    assert best_of(url)[0][0] == "step-00000016.pt"
+    train(experiment)
+    assert best_of(url)[0][0] == "step-00000016.pt"
+    assert checkpoint.load(url)["step"] == 24
 
 
 def test_a_run_on_s3_stopped_and_resumed_has_the_bytes_of_one_on_disk(tiny, tmp_path, s3):
@@ -201,7 +273,94 @@ def test_a_loss_that_is_not_finite_ends_as_diverged_at_its_step(tiny, tmp_path, 
     assert (info["state"], info["step"]) == ("diverged", 11)
     assert "step 11 (batch 10 of seed 0)" in info["reason"]
     assert info["metrics"]["step"] == 8
+    assert info["converged"] is False
+    # On the CPU it is seen at once, and a state that came before it stays.
     assert checkpoint.load(run_url(experiment))["step"] == 8
+
+
+def test_of_a_batch_that_made_the_loss_explode_there_is_all_to_make_it_again(
+    tiny, tmp_path, monkeypatch
+):
+    build = trial.build_loss
+    monkeypatch.setattr(trial, "build_loss", lambda experiment: Explodes(build(experiment), 11))
+    experiment = at(tiny, tmp_path, train={"grad_clip": 1000.0}, optim={"lr": 0.003})
+    with pytest.raises(NotFinite):
+        train(experiment)
+    text = Path(run_url(experiment), "diverged.json").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (found["step"], found["batch"], found["seed"], found["unit"]) == (11, 10, 0, 2)
+    assert found["not_finite"] == ["grad_norm", "loss"]
+    (values,) = found["values"]
+    assert (values["loss"], values["grad_norm"]) == ("nan", "nan")
+    assert 0 < values["loss_l1"] < 1
+    assert values["lr_0"] == pytest.approx(0.003)
+    # Cut again from the shards, by what is in the file alone.
+    batch = next(feed.in_process(build_recipe(experiment, prepare_data(experiment)), 10, 11))
+    for row, x in zip(found["rows"], batch.inputs, strict=True):
+        crop = next(crop for crop in row["crops"] if crop["voice"] == "shift_12")
+        rows = shards.read_row_group(found["shards"], crop["shard"], crop["row_group"])
+        whole = shards.decode_voice(rows[crop["row_in_group"]], crop["voice"])
+        np.testing.assert_array_equal(whole[:, crop["start"] :][:, : crop["frames"]], x)
+
+
+def test_a_batch_that_cannot_be_read_any_more_does_not_hide_that_the_run_diverged(
+    tiny, tmp_path, monkeypatch
+):
+    def unreadable(*_):
+        raise ConfigError("train-00000.parquet", [("", "cannot be read")])
+
+    build = trial.build_loss
+    monkeypatch.setattr(trial, "build_loss", lambda experiment: Explodes(build(experiment), 2))
+    monkeypatch.setattr("bgray.logbook.identify", unreadable)
+    experiment = at(tiny, tmp_path)
+    with pytest.raises(NotFinite):
+        train(experiment)
+    found = json.loads(Path(run_url(experiment), "diverged.json").read_text())
+    assert found["rows_unreadable"] == "train-00000.parquet: cannot be read"
+    assert read_info(run_url(experiment))["state"] == "diverged"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    ],
+    ids=["torch", "a neighbour has it", "cublas"],
+)
+def test_too_little_gpu_memory_is_a_result_that_says_how_far_it_came(
+    tiny, tmp_path, monkeypatch, error
+):
+    def until(*args, **options):
+        options["stop"] = dies_with
+        return fit(*args, **options)
+
+    def dies_with():
+        if next(steps) == 13:
+            raise error
+        return ""
+
+    fit, steps = trial.fit, itertools.count(1)
+    monkeypatch.setattr(trial, "fit", until)
+    experiment = at(tiny, tmp_path)
+    prepared = prepare_data(experiment)
+    trial.run_to_its_end(experiment, prepared, Context(packed=True, vram_gib=3.5))
+    info = read_info(run_url(experiment))
+    assert (info["state"], info["oom"]["step"], info["oom"]["limit_gib"]) == (
+        "out_of_memory",
+        13,
+        3.5,
+    )
+    assert info["oom"]["asked_gib"] == (2.5 if "Tried" in str(error) else None)
+    assert info["converged"] is None
+    assert (info["packed"], info["vram_limit_gib"], info["timing"]["packed"]) == (True, 3.5, True)
+    assert read_lines(run_url(experiment) + "/timing.jsonl")[-1]["packed"] is True
+    monkeypatch.undo()
+    info = read_info(train(experiment))
+    assert (info["state"], info["packed"], info["oom"]["step"]) == ("finished", False, 13)
+    assert [a["ended"] for a in info["attempts"]] == ["out_of_memory", "finished"]
+    assert "packed" not in read_lines(run_url(experiment) + "/timing.jsonl")[-1]
 
 
 @pytest.mark.parametrize(
@@ -289,13 +448,13 @@ def test_a_disk_too_full_even_for_the_record_reports_the_first_error(tiny, tmp_p
 
 
 def test_a_stalled_feed_is_named_in_the_record_with_the_way_out(tiny, tmp_path, monkeypatch):
-    in_process, said, warned = data.in_process, threading.Event(), []
+    in_process, said, warned = feed.in_process, threading.Event(), []
 
-    def slow(*args):
+    def slow(*args, **options):
         said.wait()
-        yield from in_process(*args)
+        yield from in_process(*args, **options)
 
-    monkeypatch.setattr(data, "in_process", slow)
+    monkeypatch.setattr(feed, "in_process", slow)
     experiment = at(tiny, tmp_path, runtime={"stall_seconds": 0.02})
     url = train(experiment, warn=lambda text: (warned.append(text), said.set()))
     assert warned[0].startswith("no batch for 0 s: a work unit takes longer than that")
@@ -319,6 +478,8 @@ def test_run_json_says_what_ran_on_which_data_and_what_doing_nothing_scores(tiny
     assert attempt["commit"] == here.stdout.strip()
     assert attempt["packages"]["torch"] == version("torch")
     assert (info["seed"], info["device"], info["workers"], info["feed"]) == (0, "cpu", 1, "process")
+    other_seed = at(tiny, tmp_path, train={"seed": 5})
+    assert info["variant"] == other_seed.variant_identity(prepared.manifest.hash)
     listing = json.loads(
         Path(tmp_path, "tiny", f"validation-{info['validation']}.json").read_text()
     )
@@ -352,7 +513,7 @@ def test_the_reported_mean_is_that_of_every_item(tiny, tmp_path):
     for line, scores in zip(lines, items, strict=True):
         for name, mean in line["val"].items():
             assert len(scores[name]) == 3
-            assert mean == np.mean(scores[name])
+            assert mean == pytest.approx(np.mean(scores[name]), rel=1e-6)
 
 
 def test_clips_are_the_crops_and_an_estimate_at_each_evaluation(tiny, tmp_path):
@@ -409,6 +570,31 @@ def worker(rank, world, experiment, port):
         torch.distributed.barrier()  # gloo's threads may abort where the other rank has gone
     finally:
         torch.distributed.destroy_process_group()
+
+
+def exploding_worker(rank, world, experiment, port):
+    build = trial.build_loss
+    trial.build_loss = lambda e: Explodes(build(e), 7) if rank == 1 else build(e)
+    try:
+        worker(rank, world, experiment, port)
+    except NotFinite:
+        return
+    raise AssertionError("it went on")
+
+
+@pytest.mark.slow  # two processes that import torch and Ray
+def test_a_loss_that_explodes_on_another_rank_ends_all_of_them_and_rank_0_says_where(
+    tiny, tmp_path
+):
+    # Without the gradient's norm, which is NaN everywhere, only rank 1 knows at step 7.
+    experiment = at(tiny, tmp_path, train={"grad_clip": None}, optim={"name": "adamw"})
+    torch.multiprocessing.spawn(exploding_worker, (2, experiment, free_port()), nprocs=2)
+    info = read_info(run_url(experiment))
+    assert (info["state"], info["step"]) == ("diverged", 7)
+    found = json.loads(Path(run_url(experiment), "diverged.json").read_text())
+    (values,) = found["values"]  # of the rank that met it
+    assert values["loss"] == "nan"
+    assert [row["rank"] for row in found["rows"]] == [0, 0, 1, 1]
 
 
 def free_port():

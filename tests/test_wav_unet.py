@@ -6,14 +6,7 @@ import torch.nn.functional as F
 
 from bgray.models.wav_unet import Down, Up, WavUNet, shuffle, unshuffle
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny operations gain nothing from threads and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def resolved(chosen):
@@ -81,11 +74,21 @@ def test_down_and_up_are_their_convolution_plus_their_skip(factor):
     k = 2 * factor if factor > 1 else 1
     assert down.conv.kernel_size == up.conv.kernel_size == (k,)
     x, y = torch.randn(1, 2, 32), torch.randn(1, 2 * factor, 32 // factor)
+    x.requires_grad_()
+    y.requires_grad_()
     settings = {"stride": factor, "padding": factor // 2}
     main = F.conv1d(x, down.conv.weight, down.conv.bias, **settings)
-    torch.testing.assert_close(down(x), main + unshuffle(x, factor))
+    equal(down(x), main + unshuffle(x, factor), [x, *down.parameters()])
     main = F.conv_transpose1d(y, up.conv.weight, up.conv.bias, **settings)
-    torch.testing.assert_close(up(y), main + shuffle(y, factor))
+    equal(up(y), main + shuffle(y, factor), [y, *up.parameters()])
+
+
+def equal(fast, slow, inputs):
+    """The values, and the gradients of each of the inputs."""
+    torch.testing.assert_close(fast, slow)
+    g = torch.randn_like(slow)
+    for a, b in zip(*(torch.autograd.grad(y, inputs, g) for y in (fast, slow)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def wake(net):

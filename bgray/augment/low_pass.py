@@ -3,7 +3,8 @@
 import functools
 
 import numpy as np
-import scipy.signal
+
+# scipy.signal takes most of a second to import: only where something is filtered.
 
 Q = 0.707
 """Of every biquad; torchaudio's default, a Butterworth filter of second order."""
@@ -22,6 +23,8 @@ def low_pass(audio: np.ndarray, cutoff_hz: float, sample_rate: int, passes: int 
     """
     if 2 * cutoff_hz >= sample_rate:
         return audio
+    import scipy.signal
+
     omega = 2 * np.pi * cutoff_hz / sample_rate
     alpha, cosine = np.sin(omega) / (2 * Q), np.cos(omega)
     numerator = np.array([(1 - cosine) / 2, 1 - cosine, (1 - cosine) / 2])
@@ -39,6 +42,8 @@ def band_limit(audio: np.ndarray, cutoff_hz: float, sample_rate: int) -> np.ndar
     """
     if 2 * cutoff_hz >= sample_rate:
         return audio
+    import scipy.signal
+
     taps = _taps(cutoff_hz / sample_rate)
     filtered = scipy.signal.oaconvolve(audio, taps[None], mode="full", axes=-1)
     half = len(taps) // 2
@@ -53,6 +58,8 @@ def reach(cutoff_hz: float, sample_rate: int) -> int:
 @functools.lru_cache(maxsize=8)
 def _taps(cutoff: float) -> np.ndarray:
     """Odd number of float32 taps; `cutoff` in cycles per sample."""
+    import scipy.signal
+
     num_taps, beta = scipy.signal.kaiserord(80, 2 * cutoff * TRANSITION)  # its unit is Nyquist
     half = num_taps // 2
     middle = 2 * cutoff * (1 - TRANSITION / 2)  # of the transition

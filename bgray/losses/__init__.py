@@ -94,3 +94,17 @@ def needed(loss: nn.Module) -> tuple[str, ...]:
     """Names of what a loss wants from the model beside the estimate."""
     extras: Any = getattr(loss, "extras", ())
     return extras
+
+
+FAR_APART = 30
+"""Times that one weighted part of the loss may outweigh another without a warning."""
+
+
+def far_apart(parts: Mapping[str, float]) -> str:
+    """In words, when one weighted part of a loss outweighs another so far that the small one hardly
+    trains; empty when none does."""
+    large, small = max(parts, key=parts.__getitem__), min(parts, key=parts.__getitem__)
+    if parts[large] <= FAR_APART * parts[small]:
+        return ""
+    text = f"{large} is {parts[large]:.3g}, {small} {parts[small]:.3g} (weighted)"
+    return f"{text}: the smaller one hardly counts"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bgray.losses.dac_features import resampler
+from bgray.problems import refuse
 
 CDPAM_RATE = 22_050
 
@@ -29,8 +30,7 @@ class Cdpam(nn.Module):
     """
 
     def __init__(self, *, sample_rate: int, resample: bool = True, int16_range: bool = True):
-        if problems := self.check(resample=resample, int16_range=int16_range):
-            raise ValueError("\n".join(f"{name}: {text}" for name, text in problems))
+        refuse(self.check(resample=resample, int16_range=int16_range))
         super().__init__()
         with warnings.catch_warnings(), pickles_allowed():
             warnings.simplefilter("ignore")  # of numpy.matlib, imported in vain

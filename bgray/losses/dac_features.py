@@ -10,6 +10,8 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
+from bgray.problems import refuse
+
 CODEC_RATE = 44_100
 
 
@@ -41,8 +43,7 @@ class DacFeatures(nn.Module):
         resample: bool = True,
     ):
         problems = self.check(layers=layers, blocks=blocks, weights=weights, resample=resample)
-        if problems:
-            raise ValueError("\n".join(f"{name}: {text}" for name, text in problems))
+        refuse(problems)
         super().__init__()
         encoder = build_encoder(weights, blocks)
         self.random = weights == "random"

@@ -1,14 +1,19 @@
 """The multi-resolution STFT loss: trains the deartifact task, validates both pitch tasks."""
 
+import math
 from typing import Any
 
 import numpy as np
+import scipy.fft
 import scipy.signal
 import torch
-import torchaudio
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from bgray.losses.multi_mel import mel_matrix
+from bgray.losses.spectra import log_distance, magnitudes, reflected
+from bgray.problems import refuse
 
 
 def a_weighting_taps(sample_rate: int, num_taps: int = 101) -> torch.Tensor:
@@ -28,6 +33,29 @@ def a_weighting_taps(sample_rate: int, num_taps: int = 101) -> torch.Tensor:
     return torch.from_numpy(taps.astype(np.float32))
 
 
+def _filtered(audio: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """(R, T) through symmetric (1, odd number of) taps -> (R, T), silence beyond both ends.
+
+    By FFT, because cuDNN's convolution rounds to tf32, which drowns what A-weighting attenuates.
+    """
+    num_samples, delay = audio.shape[-1], taps.shape[-1] // 2
+    size = scipy.fft.next_fast_len(num_samples + 2 * delay, real=True)  # not one with large primes
+    spectrum = torch.fft.rfft(audio, size) * torch.fft.rfft(taps, size)
+    return torch.fft.irfft(spectrum, size)[:, delay : delay + num_samples]
+
+
+class _Filtered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, audio: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(taps)
+        return _filtered(audio, taps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _filtered(gradients[0], *ctx.saved_tensors), None  # symmetric: its own transpose
+
+
 class MultiResolutionStft(nn.Module):
     """Mean over resolutions of spectral convergence plus log magnitude distance; blind to sign.
 
@@ -40,7 +68,7 @@ class MultiResolutionStft(nn.Module):
     forward: (B, S, C, T) estimate and target -> 0-d float32. T must exceed half the largest FFT.
     """
 
-    power_floor = 1e-8
+    floor = 1e-4
     taps: torch.Tensor | None
 
     def __init__(
@@ -56,8 +84,7 @@ class MultiResolutionStft(nn.Module):
         problems = self.check(
             fft_sizes=fft_sizes, hop_sizes=hop_sizes, win_lengths=win_lengths, n_bins=n_bins
         )
-        if problems:
-            raise ValueError("\n".join(f"{name}: {text}" for name, text in problems))
+        refuse(problems)
         super().__init__()
         self.resolutions = list(zip(fft_sizes, hop_sizes, win_lengths, strict=True))
         for i, (fft_size, _, length) in enumerate(self.resolutions):
@@ -107,24 +134,25 @@ class MultiResolutionStft(nn.Module):
         with torch.autocast(target.device.type, enabled=False):
             estimate, target = estimate.float().flatten(0, -2), target.float().flatten(0, -2)
             if self.taps is not None:
-                # By FFT, because cuDNN's convolution rounds to tf32, which drowns what A-weighting
-                # attenuates. The taps are symmetric: convolution and correlation agree.
-                estimate, target = (
-                    torchaudio.functional.fftconvolve(x, self.taps, mode="same")
-                    for x in (estimate, target)
-                )
-            total = estimate.new_zeros(())
-            for i in range(len(self.resolutions)):
-                x, y = self.magnitude(estimate, i), self.magnitude(target, i)
-                convergence = torch.linalg.vector_norm(y - x) / torch.linalg.vector_norm(y)
-                total = total + convergence + (x.log() - y.log()).abs().mean()
-        return total / len(self.resolutions)
+                estimate, target = (_Filtered.apply(x, self.taps) for x in (estimate, target))
+            largest = max(fft_size for fft_size, _, _ in self.resolutions)
+            padded = [reflected(x, largest) for x in (estimate, target)]
+            xs, ys = (
+                [self.magnitude(audio, target.shape[-1], i) for i in range(len(self.resolutions))]
+                for audio in padded
+            )
+            convergence = [
+                torch.linalg.vector_norm(y - x) / torch.linalg.vector_norm(y)
+                for x, y in zip(xs, ys, strict=True)
+            ]
+            # The floor is far below what the clamp lets through, so nothing is at it.
+            distance = math.log(10) * log_distance(xs, ys, floor=1e-30)
+            return (torch.stack(convergence).sum() + distance) / len(self.resolutions)
 
-    def magnitude(self, audio: torch.Tensor, resolution: int) -> torch.Tensor:
-        """(B*S*C, T) -> (B*S*C, n_bins or fft_size/2 + 1, N), clamped before the mel matrix."""
-        fft_size, hop, length = self.resolutions[resolution]
+    def magnitude(self, padded: torch.Tensor, num_samples: int, resolution: int) -> torch.Tensor:
+        """What `reflected` gave -> (B*S*C, N, n_bins or fft_size/2 + 1), clamped before the mel
+        matrix."""
+        fft_size, hop, _ = self.resolutions[resolution]
         window, mel = getattr(self, f"window{resolution}"), getattr(self, f"mel{resolution}")
-        spectrum = torch.stft(audio, fft_size, hop, length, window, return_complex=True)
-        power = spectrum.real.square() + spectrum.imag.square()  # (B*S*C, F, N)
-        magnitude = power.clamp(min=self.power_floor).sqrt()
-        return magnitude if mel is None else mel @ magnitude
+        magnitude = magnitudes(padded, num_samples, window, fft_size, hop, self.floor)
+        return magnitude if mel is None else F.linear(magnitude, mel)

@@ -4,7 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from bgray.losses.spectra import log_distance, magnitudes, reflected
+from bgray.problems import refuse
 
 
 def mel_matrix(sample_rate: int, fft_size: int, num_mels: int) -> torch.Tensor:
@@ -41,6 +45,8 @@ class MultiScaleMel(nn.Module):
     """
 
     clamp = 1e-5
+    tiniest = 1e-12
+    """Of a single magnitude: nothing beside `clamp`."""
 
     def __init__(
         self,
@@ -50,8 +56,7 @@ class MultiScaleMel(nn.Module):
         window_lengths: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048),
     ):
         problems = self.check(num_mels=num_mels, window_lengths=window_lengths)
-        if problems:
-            raise ValueError("\n".join(f"{name}: {text}" for name, text in problems))
+        refuse(problems)
         super().__init__()
         self.window_lengths = tuple(window_lengths)
         for i, (count, length) in enumerate(zip(num_mels, window_lengths, strict=True)):
@@ -83,15 +88,19 @@ class MultiScaleMel(nn.Module):
             raise ValueError(f"multi_mel needs {shortest} samples or more, got {target.shape[-1]}")
         # Two passes, not one over both: nothing is then kept for the gradient of the target.
         with torch.autocast(target.device.type, enabled=False):
-            estimate, target = estimate.float().flatten(0, -2), target.float().flatten(0, -2)
-            total = estimate.new_zeros(())
-            for i in range(len(self.window_lengths)):
-                total = total + (self.log_mel(estimate, i) - self.log_mel(target, i)).abs().mean()
-        return total
+            x, y = (
+                reflected(audio.float().flatten(0, -2), max(self.window_lengths))
+                for audio in (estimate, target)
+            )  # (B*S*C, T + longest window)
+            mels = [
+                [self.mel(audio, target.shape[-1], i) for i in range(len(self.window_lengths))]
+                for audio in (x, y)
+            ]
+            return log_distance(*mels, floor=self.clamp)
 
-    def log_mel(self, audio: torch.Tensor, scale: int) -> torch.Tensor:
-        """(B*S*C, T) -> (B*S*C, num_mels[scale], N), log10 of the clamped mel magnitudes."""
+    def mel(self, padded: torch.Tensor, num_samples: int, scale: int) -> torch.Tensor:
+        """What `reflected` gave -> (B*S*C, N, num_mels[scale])."""
         length = self.window_lengths[scale]
         window, mel = getattr(self, f"window{scale}"), getattr(self, f"mel{scale}")
-        spectrum = torch.stft(audio, length, length // 4, window=window, return_complex=True)
-        return (mel @ spectrum.abs()).clamp(min=self.clamp).log10()  # (B*S*C, M, N)
+        magnitude = magnitudes(padded, num_samples, window, length, length // 4, self.tiniest)
+        return F.linear(magnitude, mel)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bgray.problems import refuse
+
 Estimates = Literal["audio", "logits", "level"]
 
 
@@ -20,8 +22,7 @@ class BceLogits(nn.Module):
     estimates: Estimates = "logits"
 
     def __init__(self, *, pos_weight: float | None = None, bounded_ok: bool = False):
-        if problems := self.check(pos_weight=pos_weight):
-            raise ValueError("\n".join(f"{name}: {text}" for name, text in problems))
+        refuse(self.check(pos_weight=pos_weight))
         super().__init__()
         self.pos_weight, self.bounded_ok = pos_weight, bounded_ok
 

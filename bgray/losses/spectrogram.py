@@ -6,6 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bgray.losses.spectra import powers, reflected
+from bgray.problems import refuse
+
 Version = Literal["fixed", "original"]
 
 
@@ -43,8 +46,7 @@ class Spectrogram(nn.Module):
         problems = self.check(
             version=version, fft_size=fft_size, hop_size=hop_size, win_length=win_length
         )
-        if problems:
-            raise ValueError("\n".join(f"{name}: {text}" for name, text in problems))
+        refuse(problems)
         super().__init__()
         self.version = version
         self.fft_size, self.hop_size, self.win_length = fft_size, hop_size, win_length
@@ -81,16 +83,10 @@ class Spectrogram(nn.Module):
 
     def power(self, audio: Tensor) -> Tensor:
         """(B, S, C, T) -> (B, S, C, F, N), squared magnitudes, not normalised."""
-        spectrum = torch.stft(
-            audio.flatten(0, -2),
-            self.fft_size,
-            self.hop_size,
-            self.win_length,
-            self.window,
-            return_complex=True,
-        )
-        power = spectrum.real.square() + spectrum.imag.square()
-        return power.unflatten(0, audio.shape[:-1])
+        padded = reflected(audio.flatten(0, -2), self.fft_size)
+        sizes = self.fft_size, self.hop_size
+        power = powers(padded, audio.shape[-1], self.window, *sizes)  # (B*S*C, N, F)
+        return power.mT.unflatten(0, audio.shape[:-1])
 
     def reference(self, power: Tensor) -> Tensor:
         """(B, S, C, F, N) of the target -> (B, S, 1, 1, 1), what 0 dB is for both."""
@@ -156,8 +152,7 @@ class SpecMae(nn.Module):
         numbers = {"beta": beta, "raised_beta": raised_beta, "raise_step": raise_step}
         numbers |= {"ratio": ratio, "raised_ratio": raised_ratio}
         numbers |= {"patience": patience, "smoothing": smoothing}
-        if problems := self.check(**numbers, version=version, **sizes):
-            raise ValueError("\n".join(f"{name}: {text}" for name, text in problems))
+        refuse(self.check(**numbers, version=version, **sizes))
         super().__init__()
         self.spectrogram = Spectrogram(version=version, **sizes)
         self.mode, self.raise_at, self.raise_step = mode, raise_at, raise_step

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bgray.problems import refuse
+
 
 class UmxMse(nn.Module):
     """Mean (magnitude - |STFT(target)|)^2 of the magnitudes that the model itself returns.
@@ -21,8 +23,7 @@ class UmxMse(nn.Module):
     window: Tensor
 
     def __init__(self, *, n_fft: int = 4096, hop: int = 1024):
-        if problems := self.check(n_fft=n_fft, hop=hop):
-            raise ValueError("\n".join(f"{name}: {text}" for name, text in problems))
+        refuse(self.check(n_fft=n_fft, hop=hop))
         super().__init__()
         self.n_fft, self.hop = n_fft, hop
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)

@@ -8,6 +8,7 @@ from torch import nn
 
 from bgray.models.heads import Head, num_logits, output_range, separate
 from bgray.models.unet import check_choices, check_least, check_odd
+from bgray.problems import refuse
 
 Activation = Literal["relu", "none"]
 
@@ -107,8 +108,7 @@ class ConvSeparator(nn.Module):
             residual=residual,
             head=head,
         )
-        if problems:
-            raise ValueError("\n".join(["ConvSeparator:", *(f"  {k}: {v}" for k, v in problems)]))
+        refuse(problems, "ConvSeparator")
         logits = num_logits(head, num_sources)
 
         super().__init__()

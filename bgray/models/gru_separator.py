@@ -8,6 +8,7 @@ from torch import nn
 from bgray.models.conv_separator import convolve
 from bgray.models.heads import Head, num_logits, output_range, separate
 from bgray.models.unet import check_choices, check_least, check_odd
+from bgray.problems import refuse
 
 
 class Recurrent(nn.Module):
@@ -46,8 +47,7 @@ class GruSeparator(nn.Module):
         head: Head = "none",
     ):
         problems = self.check(kernel=kernel, channels=channels, hidden=hidden, head=head)
-        if problems:
-            raise ValueError("\n".join(["GruSeparator:", *(f"  {k}: {v}" for k, v in problems)]))
+        refuse(problems, "GruSeparator")
         logits = num_logits(head, num_sources)
 
         super().__init__()

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bgray.models.inverse_stft import istft
 from bgray.models.unet import check_choices, check_least
+from bgray.problems import refuse
 
 Order = Literal["bn_act", "act_bn"]
 Rnn = Literal["lstm", "gru"]
@@ -206,8 +208,7 @@ class OpenUnmix(nn.Module):
             dropout=dropout,
             extra_resolutions=extra_resolutions,
         )
-        if problems:
-            raise ValueError("\n".join(["OpenUnmix:", *(f"  {k}: {text}" for k, text in problems)]))
+        refuse(problems, "OpenUnmix")
         super().__init__()
         self.num_sources, self.n_fft, self.hop = num_sources, n_fft, hop
         self.sizes = [size for s in extra_resolutions for size in ((s, 1), (1, s))]
@@ -320,8 +321,7 @@ class OpenUnmix(nn.Module):
         others = [self.stft(padded, *size).abs() for size in self.sizes]
         gain = self.core(magnitude, others).float()  # (B, S, C, F, N)
         window = torch.hann_window(self.n_fft, device=audio.device)
-        estimate = torch.istft(
-            (gain * spectrum[:, None]).flatten(0, 2), self.n_fft, self.hop, window=window, length=t
-        )  # (B*S*C, T)
+        sources = (gain * spectrum[:, None]).flatten(0, 2)
+        estimate = istft(sources, self.n_fft, self.hop, window, t)  # (B*S*C, T)
         estimate = estimate.reshape(b, self.num_sources, c, t)
         return estimate, {"magnitude": gain * magnitude[:, None]}

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bgray.problems import refuse
+
 Head = Literal["linear", "legacy"]
 
 
@@ -56,8 +58,7 @@ class RollAutoencoder(nn.Module):
         variational: bool = False,
         head: Head = "linear",
     ):
-        if problems := self.check(widths=widths):
-            raise ValueError("\n".join(f"{name}: {text}" for name, text in problems))
+        refuse(self.check(widths=widths))
         super().__init__()
         self.channels_in = channels_in
         self.encoder = nn.ModuleList([DoubleConv(a, b) for a, b in pairwise((1, *widths))])

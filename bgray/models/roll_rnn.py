@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from bgray.problems import refuse
+
 Cell = Literal["rnn", "lstm"]
 Bridge = Literal["none", "batch_norm"]
 Head = Literal["linear", "legacy"]
@@ -66,8 +68,7 @@ class RollRnn(nn.Module):
         bridge: Bridge = "batch_norm",
         head: Head = "linear",
     ):
-        if problems := self.check(encoder=encoder, layers=layers):
-            raise ValueError("\n".join(f"{name}: {text}" for name, text in problems))
+        refuse(self.check(encoder=encoder, layers=layers))
         super().__init__()
         up = pairwise((channels_in, *encoder))
         down = pairwise((*reversed(encoder), channels_in))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bgray.models.inverse_stft import istft
 from bgray.models.unet import (
     Block,
     Layout,
@@ -18,6 +19,7 @@ from bgray.models.unet import (
     run_v1,
     run_v2,
 )
+from bgray.problems import refuse
 
 FACTORS = (1, 2, 4)
 EDGE_KERNEL = 3  # v2's first and last convolution
@@ -162,8 +164,7 @@ class SpecUNet(nn.Module):
     ):
         options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         problems = self.check(**options)
-        if problems:
-            raise ValueError("\n".join(["SpecUNet:", *(f"  {k}: {text}" for k, text in problems)]))
+        refuse(problems, "SpecUNet")
 
         super().__init__()
         self.n_fft, self.hop, self.output = n_fft, hop, output
@@ -221,7 +222,7 @@ class SpecUNet(nn.Module):
         with torch.autocast(audio.device.type, enabled=False):
             real, imag = parts.float().unbind(1)
             spectrum = torch.complex(real, imag)  # (B*C, F, N)
-            y = torch.istft(spectrum, self.n_fft, self.hop, window=self.window)[:, :t]  # (B*C, T)
+            y = istft(spectrum, self.n_fft, self.hop, self.window, t)  # (B*C, T)
             if self.output == "difference":
                 y = x + y
         return y.reshape(b, 1, c, t)  # (B, S=1, C, T)

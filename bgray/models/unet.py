@@ -4,11 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bgray.models.depthwise import depthwise
 
 Norm = Literal["layer", "none"]
 Activation = Literal["gelu", "snake"]
 Layout = Literal["v1", "v2"]
+
+ENDLESS = 13
+"""Depthwise kernels above it never end on a CPU if they are in bfloat16 and channels-last: oneDNN
+of torch 2.14 with AVX-512. (The 1-d ones are never in bfloat16 on a CPU.)"""
 
 
 class Snake(nn.Module):
@@ -22,11 +30,39 @@ class Snake(nn.Module):
         return x + torch.sin(self.alpha * x).square() / (self.alpha + 1e-9)
 
 
+class Squeeze(torch.autograd.Function):
+    """(..., 4C), weight (C, 4C), bias (C,) -> (..., C): GELU, then the linear layer.
+
+    Keeps the input only and computes the GELU again in the backward pass: of the two it would keep
+    otherwise, which are most of what a block keeps, that is one.
+    """
+
+    @staticmethod
+    def forward(wide: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.gelu(wide), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:  # pyright: ignore
+        wide, weight = ctx.saved_tensors
+        flat = grad.flatten(0, -2)  # (N, C)
+        to_weight = flat.t() @ F.gelu(wide).flatten(0, -2)
+        to_wide = torch.ops.aten.gelu_backward(grad @ weight, wide)
+        return to_wide, to_weight, flat.sum(0)
+
+
 class Block(nn.Module):
     """(B, C, T) -> (B, C, T): ConvNeXt block (Liu et al. 2022, fig. 4); (B, C, F, N) for dims 2.
 
-    `gamma` starts at 1e-6, so a fresh block is the identity to about that.
+    `gamma` starts at 1e-6, so a fresh block is the identity to about that. In memory the result is
+    channels-last, and what comes in had better be, too: else it is copied.
+    `recompute`: keep only the input for the backward pass.
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -47,10 +83,39 @@ class Block(nn.Module):
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.depthwise(x).movedim(1, -1)  # (B, T, C)
-        y = self.activation(self.widen(self.norm(y)))  # (B, T, 4C)
-        y = self.narrow(y) * self.gamma  # (B, T, C)
-        return x + y.movedim(-1, 1)  # (B, C, T)
+        x = x.movedim(1, -1).contiguous()  # (B, T, C)
+        if self.recompute and torch.is_grad_enabled():
+            y = checkpoint(self.residual, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = self.residual(x)
+        return (x + y).movedim(-1, 1)  # (B, C, T)
+
+    def residual(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) -> (B, T, C): what the block adds to its input."""
+        if x.dim() == 3:
+            y = depthwise(x, self.depthwise.weight, self.depthwise.bias)
+        else:
+            plane = x.movedim(-1, 1)  # (B, C, F, N)
+            if x.device.type == "cpu" and self.depthwise.kernel_size[0] > ENDLESS:
+                plane = plane.contiguous()
+            y = self.depthwise(plane).movedim(1, -1)
+        y = self.widen(self.norm(y))  # (B, T, 4C)
+        # gamma on the weights rather than on the result, which need not be kept for it then.
+        gamma = self.gamma
+        weight, bias = gamma[:, None] * self.narrow.weight, gamma * self.narrow.bias
+        if isinstance(self.activation, Snake):
+            return F.linear(self.activation(y), weight, bias)
+        return Squeeze.apply(y, weight.to(y.dtype), bias.to(y.dtype))
+
+
+def recompute(model: nn.Module, on: bool = True) -> int:
+    """Whether the model's blocks keep only their inputs for the backward pass and compute what is
+    in them again, for less memory and more time; the gradients are the same. Returns how many
+    blocks there are: none in models other than the U-Nets, where it changes nothing."""
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.recompute = on
+    return len(blocks)
 
 
 class UNet(Protocol):
@@ -87,8 +152,18 @@ def run_v2(net: UNet, x: torch.Tensor) -> torch.Tensor:
     x = net.bottom(x)
     for i in reversed(range(len(skips))):
         x = net.decoder[i](net.ups[i](x))
-        x = net.joins[i](torch.cat([x, skips[i]], dim=1))
+        x = join(net.joins[i], x, skips[i])
     return x
+
+
+def join(conv: nn.Module, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    """conv(cat([x, skip], dim=1)) of a convolution with kernel 1, without the copy; channels-last
+    in memory."""
+    assert isinstance(conv, nn.Conv1d | nn.Conv2d)
+    c = x.shape[1]
+    weight = conv.weight.flatten(1)  # (Co, C + C of the skip)
+    y = F.linear(x.movedim(1, -1), weight[:, :c], conv.bias)
+    return (y + F.linear(skip.movedim(1, -1), weight[:, c:])).movedim(-1, 1)
 
 
 def receptive_frames(

@@ -8,6 +8,7 @@ from torch import nn
 
 from bgray.models.heads import Head, num_logits, output_range, separate
 from bgray.models.unet import check_choices, check_least, check_odd
+from bgray.problems import refuse
 
 SLOPE = 0.2  # of LeakyReLU below zero
 
@@ -36,8 +37,7 @@ class WaveUNet(nn.Module):
         head: Head = "none",
     ):
         options = {"levels": levels, "step": step, "kernel": kernel, "up_kernel": up_kernel}
-        if problems := self.check(**options, head=head):
-            raise ValueError("\n".join(["WaveUNet:", *(f"  {k}: {v}" for k, v in problems)]))
+        refuse(self.check(**options, head=head), "WaveUNet")
         logits = num_logits(head, num_sources)
 
         super().__init__()

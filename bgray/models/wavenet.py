@@ -7,6 +7,7 @@ from torch import nn
 
 from bgray.models.heads import Head, num_logits, output_range, separate
 from bgray.models.unet import check_choices, check_least, check_odd
+from bgray.problems import refuse
 
 KERNEL = 3  # of the dilated convolutions
 
@@ -79,8 +80,7 @@ class WaveNet(nn.Module):
             tail_kernels=tail_kernels,
             head=head,
         )
-        if problems:
-            raise ValueError("\n".join(["WaveNet:", *(f"  {k}: {text}" for k, text in problems)]))
+        refuse(problems, "WaveNet")
 
         super().__init__()
         dilations = [2**i for i in range(layers)] * stacks

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from torch import Tensor
 
 from bgray.augment.low_pass import low_pass
 from bgray.augment.pitch_shift import CONTEXT_SECONDS, pitch_shift
-from bgray.tasks.scoring import restoration_scorer, to_int16, wav
+from bgray.encoding import to_int16, wav
+from bgray.tasks.scoring import restoration_scorer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bgray.data import Chunk
 
 VALIDATION_SEMITONES = 12.0
@@ -143,14 +145,14 @@ class Deartifact:
             pair = low_pass(pair, cutoff_hz, chunk.sample_rate, self.passes)
         return to_int16(pair[..., context : context + length])
 
-    def baseline(self, inputs: Tensor) -> Tensor:
+    def baseline(self, inputs: "Tensor") -> "Tensor":
         """What doing nothing gives: (B, C, T) -> (B, 1, C, T)."""
         return inputs[:, None]
 
-    def scorer(self, sample_rate: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    def scorer(self, sample_rate: int) -> "Callable[[Tensor, Tensor], dict[str, Tensor]]":
         """A function of one item, (1, S, C, T) estimate and target -> its scores as 0-d tensors."""
         return restoration_scorer(sample_rate)
 
     def clips(self, audio: np.ndarray, sample_rate: int) -> dict[str, bytes]:
         """(C, T) float32 as files for people, by suffix."""
-        return {".wav": wav(audio, sample_rate)}
+        return {".wav": wav(to_int16(audio), sample_rate)}

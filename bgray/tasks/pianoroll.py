@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from bgray import band
+from bgray.encoding import to_int16, wav
 from bgray.midi import LOWEST_PITCH, write_midi
-from bgray.tasks.scoring import wav
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bgray.data import Chunk
 
 TEMPO_BPM = 120.0
@@ -77,22 +76,27 @@ class Pianoroll:
         roll = chunks[index].crop("roll", chunks[index].crop_start(length, rng), length)
         return roll, roll[None]
 
-    def baseline(self, inputs: Tensor) -> Tensor:
+    def baseline(self, inputs: "Tensor") -> "Tensor":
         """Silence, as (B, 1, P, T): its val_mse is the share of keys that are down, which a model
         reaches by learning nothing but that notes are rare."""
         off = SURELY_OFF if self.estimate == "logits" else 0.0
-        return torch.full_like(inputs[:, None], off)
+        return inputs.new_full((len(inputs), 1, *inputs.shape[1:]), off)
 
-    def level(self, estimate: Tensor) -> Tensor:
+    def level(self, estimate: "Tensor") -> "Tensor":
         """What the model put out -> how much each key is down, 0 to 1 where it is `logits`."""
         return estimate.float().sigmoid() if self.estimate == "logits" else estimate.float()
 
+    def _level_of(self, estimate: np.ndarray) -> np.ndarray:
+        import torch
+
+        return self.level(torch.from_numpy(estimate)).numpy()
+
     def notes(self, estimate: np.ndarray) -> np.ndarray:
         """What the model put out, (P, T), as the keys that are down: uint8 of 0 and 1."""
-        level = self.level(torch.from_numpy(estimate)).numpy()
+        level = self._level_of(estimate)
         return (level > self.threshold).astype(np.uint8)
 
-    def scorer(self, sample_rate: int) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    def scorer(self, sample_rate: int) -> "Callable[[Tensor, Tensor], dict[str, Tensor]]":
         """A function of one item, (1, 1, P, T) estimate and target -> its scores as 0-d tensors.
 
         A note here is a (key, step) that is down.
@@ -101,8 +105,9 @@ class Pianoroll:
         val_f1: their harmonic mean: 0 for an estimate of silence, but 1 where silence is right.
         val_mse: mean square error of the level.
         """
+        import torch
 
-        def score(estimate: Tensor, target: Tensor) -> dict[str, Tensor]:
+        def score(estimate: "Tensor", target: "Tensor") -> "dict[str, Tensor]":
             with torch.no_grad():
                 level, target = self.level(estimate), target.float()
                 found, notes = level > self.threshold, target > 0.5
@@ -122,21 +127,23 @@ class Pianoroll:
         level = np.asarray(audio, np.float32)
         # Inputs and targets come here too; they are nothing but zeros and ones.
         if not np.isin(level, (0, 1)).all():
-            level = self.level(torch.from_numpy(level)).numpy()
+            level = self._level_of(level)
         notes = (level > self.threshold).astype(np.uint8)  # (P, T)
         return {
             ".mid": write_midi(notes, TEMPO_BPM),
-            ".wav": wav(play(notes, sample_rate), CLIP_SAMPLE_RATE),
+            ".wav": wav(to_int16(play(notes, sample_rate)), CLIP_SAMPLE_RATE),
             ".png": picture(level[::-1]),  # high notes on top
         }
 
 
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    return torch.where(whole > 0, part / whole, 1.0)
+def _ratio(part: "Tensor", whole: "Tensor") -> "Tensor":
+    return (part / whole).where(whole > 0, 1.0)
 
 
 def play(roll: np.ndarray, steps_per_beat: int) -> np.ndarray:
     """(P, T) of 0 and 1 as the built-in piano sounds, (1, samples) float32 at 16 kHz."""
+    from bgray import band
+
     step = 60 / TEMPO_BPM / steps_per_beat  # seconds
     notes = []
     for row, keys in enumerate(np.diff(roll.astype(np.int8), axis=1, prepend=0, append=0)):

@@ -5,17 +5,16 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from bgray.data import SILENCE_DBFS, audible
+from bgray.encoding import to_int16, wav
 from bgray.instruments import column
-from bgray.losses.mrstft import MultiResolutionStft
-from bgray.metrics import sdr, si_sdr
-from bgray.tasks.scoring import wav
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bgray.data import Chunk
+    from bgray.losses.mrstft import MultiResolutionStft
 
 DRAWS = 16
 """Crops that are tried before the most active of them is taken."""
@@ -23,7 +22,7 @@ DRAWS_PER_CHUNK = 4
 AUDIBLE = 1e-4
 """Of full scale: a sample from here on counts as active (log 000's)."""
 
-Scorer = Callable[[Tensor, Tensor], dict[str, Tensor]]
+Scorer = Callable[["Tensor", "Tensor"], "dict[str, Tensor]"]
 
 
 class Separation:
@@ -172,7 +171,7 @@ class Separation:
         drawn = [(chunks[place], voice) for place, voice in zip(places, self.voices, strict=True)]
         return np.stack([c.crop(voice, c.crop_start(length, rng), length) for c, voice in drawn])
 
-    def baseline(self, inputs: Tensor) -> Tensor:
+    def baseline(self, inputs: "Tensor") -> "Tensor":
         """The mixture as the estimate of every source: (B, C, T) -> (B, S, C, T)."""
         return inputs[:, None].expand(-1, len(self.sources), -1, -1)
 
@@ -193,17 +192,25 @@ class Separation:
         val_leak_db: RMS of what is estimated for the silent ones, in dBFS, -100 at least.
         val_si_sdr_<source>: of one target that is not silent; where the task has several.
         """
+        import torch
+
+        from bgray.losses.mrstft import MultiResolutionStft
+
         distance = MultiResolutionStft(sample_rate=sample_rate)
 
-        def score(estimate: Tensor, target: Tensor) -> dict[str, Tensor]:
+        def score(estimate: "Tensor", target: "Tensor") -> "dict[str, Tensor]":
             with torch.no_grad():
                 return self._score(distance.to(estimate.device), estimate.float(), target.float())
 
         return score
 
     def _score(
-        self, distance: MultiResolutionStft, estimate: Tensor, target: Tensor
-    ) -> dict[str, Tensor]:
+        self, distance: "MultiResolutionStft", estimate: "Tensor", target: "Tensor"
+    ) -> "dict[str, Tensor]":
+        import torch
+
+        from bgray.metrics import sdr, si_sdr
+
         x, y = estimate[0].flatten(1), target[0].flatten(1)  # (S, C*T)
         silent = y.square().mean(-1) < 10 ** (SILENCE_DBFS / 10)  # (S)
         heard = [i for i, quiet in enumerate(silent.tolist()) if not quiet]
@@ -223,7 +230,7 @@ class Separation:
 
     def clips(self, audio: np.ndarray, sample_rate: int) -> dict[str, bytes]:
         """(C, T) float32 as files for people, by suffix."""
-        return {".wav": wav(audio, sample_rate)}
+        return {".wav": wav(to_int16(audio), sample_rate)}
 
 
 def activity(stems: np.ndarray) -> float:
