@@ -4,9 +4,13 @@ Audio here is (S, C, T). Medians go over a track's frames first, then over track
 (Stoter et al. 2018, arXiv:1804.06267) and Open-Unmix.
 """
 
+import functools
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -51,8 +55,6 @@ def bss_eval(
     A window as long as the track, or longer, gives one frame. On one core a minute of 4 stereo
     sources at 44.1 kHz takes about half a minute.
     """
-    import museval  # brings pandas and musdb: a second that only scoring needs
-
     if reference.shape != estimate.shape or reference.ndim != 3:
         raise ValueError(
             f"reference and estimate must both be (S, C, T), got {reference.shape} and "
@@ -75,7 +77,15 @@ def bss_eval(
         guess = np.where(no_estimate[:, None, None], truth, guess)
         try:
             with np.errstate(divide="ignore"):  # -inf is a score
-                scores = museval.evaluate(truth[playing], guess[playing], win=window, hop=hop)
+                *scores, _ = _museval().bss_eval(
+                    truth[playing],
+                    guess[playing],
+                    window=window,
+                    hop=hop,
+                    compute_permutation=False,
+                    framewise_filters=False,
+                    bsseval_sources_version=False,
+                )
         except AttributeError as error:
             # museval's way out of a singular system names np.linalg.linalg, gone since NumPy 2.4.
             if "linalg" not in str(error):
@@ -89,6 +99,23 @@ def bss_eval(
             frames[name][no_estimate] = np.nan
     found = (tuple(int(i) for i in np.flatnonzero(x)) for x in (no_reference, no_estimate))
     return Bss(frames, *found)
+
+
+@functools.cache
+def _museval() -> ModuleType:
+    """museval's metrics without the package around them, which reads compressed stems and so fails
+    to import on a machine without ffmpeg."""
+    package = importlib.util.find_spec("museval")
+    assert package is not None
+    assert package.origin is not None
+    spec = importlib.util.spec_from_file_location(
+        "museval_metrics", Path(package.origin).with_name("metrics.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _silent(audio: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ python -m bgray.oracle sweeps/oracle.yaml [--dry] [--set oracle.key=value ...]
 """
 
 import argparse
-import importlib.resources
 import json
 import random
 import sys
@@ -14,7 +13,6 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from rich.console import Console
@@ -206,8 +204,7 @@ def find_tracks(config: Oracle, source: str) -> list[Track]:
     else:
         found = tracks.find(config.tracks)
     if config.subset == "musdb_validation":
-        text = importlib.resources.files("musdb").joinpath("configs", "mus.yaml").read_text()
-        wanted = yaml.safe_load(text)["validation_tracks"]
+        wanted = tracks.musdb_validation()
         by_title = {track.name.rsplit("/", 1)[-1]: track for track in found}
         if missing := [title for title in wanted if title not in by_title]:
             text = (

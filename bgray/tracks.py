@@ -5,6 +5,7 @@ A track's stems are what separation is scored on. `audio` is their sum, as it is
 """
 
 import dataclasses
+import importlib.metadata
 import io
 import os
 from collections.abc import Sequence
@@ -13,12 +14,20 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import yaml
 
 from bgray import band, layouts, shards, storage
 from bgray.config import ConfigError
 
 AUDIO = "audio"
 LARGEST_DIFFERENCE_SECONDS = 0.1  # between the lengths of a track's stems
+
+
+def musdb_validation() -> list[str]:
+    """Titles of MUSDB18's 14 validation tracks, as the package musdb lists them; read without
+    importing it, which fails on a machine without ffmpeg."""
+    file = importlib.metadata.distribution("musdb").locate_file("musdb/configs/mus.yaml")
+    return yaml.safe_load(Path(str(file)).read_text())["validation_tracks"]
 
 
 @dataclass(frozen=True)

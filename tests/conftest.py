@@ -1,6 +1,7 @@
 """What several test files share: a tiny experiment, shards of generated sound, an S3 bucket."""
 
 import os
+import sys
 import threading
 import urllib.request
 
@@ -11,6 +12,19 @@ import soundfile
 # Before anything imports Ray: tests must not depend on, or write to, the user's ~/.ray.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Where Python is told to write no bytecode, as in many containers, each process that a test starts
+# would compile torch and Ray for itself: 12 s of imports instead of 5.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before anything imports torch: each core has its tests already.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_xdist_auto_num_workers():
+    """Of -n auto: a core each, but each process holds torch and some start a Ray of their own."""
+    return min(4, len(os.sched_getaffinity(0)))
+
 
 TINY = {
     "task": {"name": "unshift"},
