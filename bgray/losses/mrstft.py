@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import scipy.fft
-import scipy.signal
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,6 +21,8 @@ def a_weighting_taps(sample_rate: int, num_taps: int = 101) -> torch.Tensor:
     The analogue curve through the bilinear transform, then least squares over the magnitude,
     as auraloss does it after Wright and Valimaki 2020 (arXiv:1911.08922).
     """
+    import scipy.signal  # a second, which those who only read a sweep need not wait for
+
     low_hz, second_hz, third_hz, high_hz = 20.598997, 107.65265, 737.86223, 12194.217
     gain_db = 1.9997  # makes the gain 0 dB at 1 kHz
     low, second, third, high = 2 * np.pi * np.array([low_hz, second_hz, third_hz, high_hz])
