@@ -1,9 +1,12 @@
 """What several test files share: a tiny experiment, shards of generated sound, an S3 bucket."""
 
+import fcntl
 import os
 import sys
+import tempfile
 import threading
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,6 +61,24 @@ def write_songs(folder, *, num=6, seconds=6.0, sample_rate=8000):
         )
         soundfile.write(folder / f"song{i}.wav", audio.astype(np.float32), sample_rate)
     return folder
+
+
+LOCKS = Path(tempfile.gettempdir(), f"bgray-tests-{os.getuid()}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Tests marked `alone` wait until no other is at it, and no other begins meanwhile; of all runs
+    of these tests by this user."""
+    how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+    LOCKS.mkdir(exist_ok=True)
+    # Unlike flock, lockf is nothing that a process forked here would hold on to.
+    with open(LOCKS / "room", "a+") as room:
+        with open(LOCKS / "door", "a+") as door:
+            # Who waits to have the room to himself stands in the door: nobody passes him.
+            fcntl.lockf(door, fcntl.LOCK_EX)
+            fcntl.lockf(room, how)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -137,6 +137,7 @@ def test_the_table_has_the_same_figures_as_the_json():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_turn_of_twice_the_units_costs_twice_the_time_and_the_candidates_agree(tiny):
     experiment = resolve(tiny, "f")
     found = bench_feed.measured(experiment, rounds=1, units=60, ray=False, wanted=100.0)

@@ -9,6 +9,7 @@ from bgray.bench import main
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_ratio_of_a_tune_trial_to_local_is_measured_in_one_run(tiny, tmp_path, capsys):
     import yaml
 
@@ -62,6 +63,7 @@ def test_packs_ratio_is_of_all_trials_together_to_one_alone(tiny, tmp_path, caps
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_processes_measured_together_all_answer(tiny):
     """On the CPU: two processes wait for each other and are timed at the same time."""
     from bgray.bench_ray import _together

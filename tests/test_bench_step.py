@@ -227,6 +227,7 @@ def test_the_table_has_the_same_figures_as_the_json():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.ray
 def test_a_whole_measurement_in_processes_of_their_own(tiny, tmp_path, capsys):
     import yaml

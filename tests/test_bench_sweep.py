@@ -84,6 +84,7 @@ def test_two_trials_have_too_few_gaps(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.ray
 def test_a_small_sweep_is_measured_and_warm_is_faster_than_cold(tiny):
     tiny["runtime"]["concurrency"] = 1

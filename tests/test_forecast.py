@@ -166,6 +166,7 @@ def test_dry_lists_every_trial_says_how_sure_it_is_and_writes_nothing(sweep_of, 
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_forecast_of_a_run_is_within_a_factor_of_two_of_its_time(tiny):
 
     tiny["train"] |= {"steps": 100, "batch_size": 8}

@@ -452,6 +452,7 @@ def test_several_sweeps_have_a_selector_and_a_new_one_comes_by_itself(browser, t
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_five_hundred_trials_stay_fluent(browser, tmp_path, capsys):
     place = str(tmp_path / "many")
     rng = np.random.default_rng(0)

@@ -16,7 +16,7 @@ from bgray.records import NOTICE
 from .fakecloud import FakeCloud
 from .moto_aws import Moto
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
 
 FILE, BUCKET, PATIENCE = "cluster/gpu.yaml", "bgray-lab", 20
 

@@ -20,7 +20,7 @@ from .fakecloud import FakeCloud
 from .lab import REPOSITORY, Lab, _stat
 from .moto_aws import Moto
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 LOCAL_YAML = """
 cluster_name: lab

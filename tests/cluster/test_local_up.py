@@ -11,7 +11,7 @@ from bgray.records import read_info, read_lines, runs
 
 from .lab import SHARED
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
 
 FILE = "cluster/local.yaml"
 HEAD, WORKERS = "10.77.0.10", ("10.77.0.11", "10.77.0.12", "10.77.0.13")

@@ -14,7 +14,7 @@ import yaml
 
 from bgray.records import NOTICE, read_info, read_lines, runs
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture
