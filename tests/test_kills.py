@@ -22,7 +22,7 @@ import yaml
 
 from bgray.records import read_info, read_lines, runs
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
 
 KILLS = int(os.environ.get("BGRAY_KILLS", "10"))
 """Of each kind of process."""
@@ -313,6 +313,7 @@ def counts():
 # --- tests
 
 
+REGISTERING = "Failed to register worker to Raylet"
 ENDS = {"driver": (), "raylet": ("/raylet",), "gcs_server": ("/gcs_server",)}
 ASHA = {
     # One at a time: what a rung decides depends on what has come before.
@@ -375,7 +376,9 @@ def test_a_command_whose_process_was_killed_goes_on_when_given_again(
                 break
             said = command.out.read_text()
             assert hit, said
-            if kind != "driver":
+            if REGISTERING in said:  # Ray's core ends the process before anything of ours can
+                assert command.process.returncode == 1, said
+            elif kind != "driver":
                 assert command.process.returncode == 2, said
                 last_line = said.splitlines()[-1]
                 assert last_line.startswith(f"error: Ray's {kind} (process {victim}) has died: ")

@@ -14,7 +14,7 @@ from test_tensorboard import multiplexer, session
 from bgray.records import evaluations, read_info, read_lines, runs
 from bgray.search import expand
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.alone]
 
 
 def command(path, *overrides):

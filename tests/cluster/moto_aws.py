@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.parse
 from pathlib import Path
+from typing import Any
 
 REGION = "us-west-2"
 PORT = 5055
@@ -28,6 +29,7 @@ class Moto:
         from .lab import GATEWAY
 
         self.lab = lab
+        self._clients: dict[str, Any] = {}
         self.url = f"http://{GATEWAY}:{PORT}"
         self.env = {
             "AWS_ENDPOINT_URL": self.url,
@@ -68,18 +70,21 @@ class Moto:
 
     def client(self, service: str):
         """A boto3 client that does not retry, so that a test sees the faults; call it inside
-        `with lab.network():`, where moto can be reached."""
+        `with lab.network():`, where moto can be reached. The same one each time: making one takes
+        half a second."""
         import boto3
         from botocore.config import Config
 
-        return boto3.Session().client(
-            service,
-            region_name=REGION,
-            endpoint_url=self.url,
-            aws_access_key_id="testing",
-            aws_secret_access_key="testing",
-            config=Config(retries={"total_max_attempts": 1}),
-        )
+        if service not in self._clients:
+            self._clients[service] = boto3.Session().client(
+                service,
+                region_name=REGION,
+                endpoint_url=self.url,
+                aws_access_key_id="testing",
+                aws_secret_access_key="testing",
+                config=Config(retries={"total_max_attempts": 1}),
+            )
+        return self._clients[service]
 
     def faults(
         self,
