@@ -4,7 +4,8 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 import pytest
@@ -49,6 +50,14 @@ def dashboard(folder, **options) -> Iterator:
     finally:
         server.stop()
         thread.join()
+
+
+def until(page, holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Lets the page go on until what a test has collected of it holds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not so in {seconds:g} s"
+        page.wait_for_timeout(10)
 
 
 class Seen:

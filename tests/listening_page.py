@@ -142,8 +142,12 @@ def opened(browser, address):
     """The page, once its clips are there; a script's error or a request elsewhere fails the
     test."""
     tab = browser.new_page(viewport={"width": 1000, "height": 800})
+    tab.set_default_timeout(60_000)
     seen, errors = Seen(tab), []
     tab.on("pageerror", lambda error: errors.append(str(error)))
+    # Requests are intercepted from the start: a test's own route, added later, then holds for the
+    # very next one. While Chromium turns interception on, a request may still pass.
+    tab.route("**/nothing-asks-for-this", lambda route: route.abort())
     tab.goto(address)
     tab.evaluate("window.shown")
     tab.wait_for_function("window.strip.drawn !== undefined")

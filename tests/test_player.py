@@ -162,6 +162,7 @@ def test_keys_switch_what_is_heard_and_only_the_chosen_clips_were_served(page, s
     assert not state(page)["playing"]
 
 
+@pytest.mark.alone  # what Chromium renders in time depends on the machine
 def test_keys_switch_what_is_played_without_gap_and_without_losing_the_beat(page, served):
     """Of the page's own AudioContext: before the key one lane's samples, after it the other's, on
     one clock."""
