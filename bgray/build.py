@@ -95,6 +95,12 @@ def parameter_count(experiment: Experiment) -> str:
     return f"{count / 1e6:.2f}M" if count >= 10_000 else str(count)
 
 
+def short_segment(experiment: Experiment) -> int:
+    """Samples that the model takes, for a look at it: about 8192, or data.segment if less."""
+    multiple = getattr(meta_model(experiment), "length_multiple", 1)
+    return min(experiment.data.segment, -(-8192 // multiple) * multiple)
+
+
 def validation_segment(experiment: Experiment) -> int:
     """Samples of a validation crop; by default four training segments, if a chunk of about 10 s
     holds them."""

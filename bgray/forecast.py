@@ -13,7 +13,8 @@ from rich.table import Table
 
 from bgray import rungs
 from bgray.agenda import Agenda
-from bgray.build import meta_model, parameter_count
+from bgray.build import parameter_count, short_segment
+from bgray.cautions import cautions
 from bgray.config import Experiment
 from bgray.console import Board, duration
 from bgray.context import Context, pick_device
@@ -254,6 +255,8 @@ def print_dry(agenda: Agenda, seconds: float = SECONDS) -> None:
     if agenda.draws and agenda.draws.left:
         console.print(f"and {agenda.draws.left} draws to come, each chosen by what is known then")
     console.print(f"results would be in {agenda.folder}", soft_wrap=True)
+    for text in cautions(sweep, trials):
+        console.print(f"Careful: {text}", highlight=False, markup=False, soft_wrap=True)
     runs = planned(agenda)
     if not runs:
         console.print("There is nothing left to do.")
@@ -336,8 +339,7 @@ def shorter(sweep: Sweep, experiment: Experiment) -> dict[str, Any]:
         changes["pbt.every"] = changes["validation.every"]
     if experiment.schedule.options.get("warmup_steps", 0) >= 100:
         changes["schedule.warmup_steps"] = 0
-    multiple = getattr(meta_model(experiment), "length_multiple", 1)
-    segment = -(-8192 // multiple) * multiple
+    segment = short_segment(experiment)
     if segment < experiment.data.segment:
         changes["data.segment"] = segment
     return changes

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from bgray import pbt, storage, tpe
-from bgray.build import build_schedule, build_task
+from bgray.build import build_task
 from bgray.config import ConfigError, Experiment
 from bgray.document import set_path
 from bgray.draws import Entry, entry
 from bgray.experiment import absolute, data_hash, read_overridden, resolve
 from bgray.problems import unknown
 from bgray.rungs import rung_steps
-from bgray.schedules import WarmupStableDecay
 from bgray.sweep_config import SWEEP_KEYS, Sweep, split_sweep
 
 
@@ -309,23 +307,3 @@ def rungs(sweep: Sweep, trials: list[Trial]) -> tuple[int, ...]:
     every = max(trial.experiment.validation.every for trial in trials)
     last = max(trial.experiment.train.steps for trial in trials)
     return rung_steps(sweep.asha.grace_steps, sweep.asha.reduction_factor, every, last)
-
-
-def decays_too_soon(sweep: Sweep, trials: list[Trial]) -> str:
-    """A warning where a variant's rate falls before the last rung: what is judged there is how far
-    the decay has come, not the variant. Empty otherwise."""
-    judged = rungs(sweep, trials)
-    found = [trial for trial in trials if judged and _decay_starts(trial) < judged[-1]]
-    if not found:
-        return ""
-    return (
-        f"the learning rate of {found[0].label} decays from step {_decay_starts(found[0])} on, "
-        f"before the last rung at {judged[-1]}: rungs do not compare like with like; lower "
-        "asha.grace_steps or schedule.decay_share"
-    )
-
-
-def _decay_starts(trial: Trial) -> float:
-    schedule, steps = build_schedule(trial.experiment), trial.experiment.train.steps
-    decays = isinstance(schedule, WarmupStableDecay) and schedule.final < 1
-    return steps - round(schedule.decay_share * steps) if decays else math.inf

@@ -69,14 +69,14 @@ def run_sweep(sweep: Sweep, trials: "list[Trial]") -> int:
     """Run what is not done yet, print the tables; exit code 1 when a trial failed, 130 after
     Ctrl-C."""
     from bgray.agenda import BUDGET, Agenda
+    from bgray.cautions import cautions
     from bgray.console import Board
     from bgray.leases import forget_dead, held
-    from bgray.search import decays_too_soon
     from bgray.summary import close, say_what_is_done
 
     board = Board(trials[0].experiment.name, [], sweep.metric)
     say = board.console.print
-    if text := decays_too_soon(sweep, trials):
+    for text in cautions(sweep, trials):
         say(f"Careful: {text}", highlight=False, markup=False, soft_wrap=True)
     agenda, stopped = Agenda(sweep, trials, weigh=_weigh(trials)), False
     if agenda.over() and not agenda.changed():

@@ -395,7 +395,7 @@ def test_the_command_says_its_address_answers_there_and_ends_at_ctrl_c(folder):
             assert len(json.load(answer)["rows"]) == 3
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=20)
+        out, error = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0

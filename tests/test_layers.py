@@ -87,7 +87,7 @@ LAYERS = [
     {"quality", "parallel"},
     {"figures"},
     {"reading"},
-    {"agenda", "known", "screening"},
+    {"agenda", "known", "screening", "cautions"},
     {"summary", "remote", "tuning", "forecast", "tensorboard", "sharing"},
     {"sweep", "shipment"},
     {"jobs"},

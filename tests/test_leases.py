@@ -93,13 +93,14 @@ def test_the_file_says_who_holds_it_and_since_when_and_its_heartbeat_goes_on_unt
 ):
     with held(root, what="sweep kernels", pace=FAST) as lease:
         first = facts(root)
-        assert (first["pid"], first["what"], first["beat"]) == (os.getpid(), "sweep kernels", 0)
+        assert (first["pid"], first["what"]) == (os.getpid(), "sweep kernels")
         assert first["host"] == os.uname().nodename
         assert abs(time.time() - time.mktime(time.strptime(first["started"][:10], "%Y-%m-%d"))) < (
             3 * 86400
         )
-        wait_until(lambda: facts(root)["beat"] >= 3)
-        assert facts(root) == {**first, "beat": facts(root)["beat"]}
+        wait_until(lambda: facts(root)["beat"] >= first["beat"] + 3)
+        later = facts(root)
+        assert later == {**first, "beat": later["beat"]}
         assert lease.lost() is None
     assert storage.listdir(root) == []
     with held(root, pace=FAST):  # and it can be had again
@@ -214,7 +215,7 @@ def test_a_suspended_holder_is_taken_over_when_its_heartbeat_has_stopped_and_lea
     suspend(other)
     began = time.monotonic()
     with held(str(tmp_path), said.append, pace=FAST) as lease:
-        assert 0.6 <= time.monotonic() - began < 5
+        assert 0.6 <= time.monotonic() - began < 20
         ours = facts(str(tmp_path))["token"]
         other.stdin.write("go\n")
         other.stdin.flush()
@@ -256,7 +257,7 @@ def test_a_holder_that_cannot_be_looked_at_is_watched_and_taken_over_when_dead(r
     leave(root, **ELSEWHERE[why], started="2099-01-01T00:00:00Z")  # nobody's clock is believed
     said, began = [], time.monotonic()
     with held(root, said.append, pace=FAST):
-        assert 0.6 <= time.monotonic() - began < 5
+        assert 0.6 <= time.monotonic() - began < 20
     assert f"({why.strip()}); watching its heartbeat for up to 1 s" in said[0]
     assert "has shown no heartbeat for 1 s; taken over" in said[1]
 
@@ -273,7 +274,7 @@ def test_a_holder_on_another_machine_is_refused_as_soon_as_its_heartbeat_moves(r
     assert "on host elsewhere has been running sweep kernels since 2026-01-02T03:04:05Z" in refused(
         root, say=say
     )
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert len(said) == 1
 
 

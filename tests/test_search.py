@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from bgray.config import ConfigError
-from bgray.search import combinations, decays_too_soon, expand, rungs
+from bgray.search import combinations, expand
 from bgray.sweep_config import Sweep
 
 
@@ -170,17 +170,6 @@ def test_more_steps_are_the_same_run_unless_the_schedule_depends_on_them(sweep_f
     assert len(ids()) == 1
     assert len(ids(schedule={"name": "plateau"})) == 1
     assert len(ids(schedule={"name": "wsd"})) == 2
-
-
-@pytest.mark.parametrize(("share", "starts"), [(0.1, 72), (0.2, 64), (0.5, 40)])
-def test_a_rate_that_decays_before_the_last_rung_is_warned_of(sweep_file, share, starts):
-    path = sweep_file(
-        schedule={"name": "wsd", "decay_share": share}, asha={"grace_steps": 8}, seeds=2
-    )
-    sweep, trials = expand(path, ("train.steps=80",))
-    assert rungs(sweep, trials) == (8, 24, 72)
-    text = decays_too_soon(sweep, trials)
-    assert text == "" if starts >= 72 else f"decays from step {starts} on" in text
 
 
 @pytest.mark.parametrize(
