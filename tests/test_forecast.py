@@ -152,6 +152,13 @@ def test_what_is_done_is_not_planned_again(sweep_of, made_up, capsys):
     assert "finished" in said
 
 
+def test_dry_says_what_is_hardly_meant(sweep_of, capsys):
+    schedule = {"name": "wsd", "decay_share": 0.9}
+    sweep, trials = sweep_of(asha={"grace_steps": 8, "reduction_factor": 2}, schedule=schedule)
+    print_dry(Agenda(sweep, trials), seconds=0.1)
+    assert "\nCareful: the learning rate of a decays from step 2 on" in capsys.readouterr().out
+
+
 def test_dry_lists_every_trial_says_how_sure_it_is_and_writes_nothing(sweep_of, tiny, capsys):
     sweep, trials = sweep_of(seeds=2, budget={"gpu_hours": 1000})
     print_dry(Agenda(sweep, trials), seconds=1.0)
