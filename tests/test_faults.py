@@ -344,6 +344,8 @@ def test_a_sweep_goes_on_with_the_others_and_later_with_the_one_whose_shard_was_
     from bgray import sweep
 
     tiny["data"]["path"] = long_shards
+    # The same data by another path: with a feed cache either trial takes what the other has made.
+    tiny["runtime"]["feed_cache"] = "none"
     whole = Training(tiny, tmp_path / "whole")
     training = Training(tiny, tmp_path / "sweep")
     late = next(s for s in range(8, 24, 4) if training.group_of(s) not in before(training, s))

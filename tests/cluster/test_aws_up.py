@@ -162,7 +162,7 @@ def test_without_spot_capacity_on_demand_comes_and_a_lost_machine_costs_only_its
     took("ray up")
     assert [i["InstanceType"] for i in cluster.cloud.instances()] == ["m7i.2xlarge"]
     cluster.moto.faults(no_spot=["g6.2xlarge"])
-    steps = 600
+    steps = 400
     process = cluster.submit(cluster.write("fallback", [0], steps))
     run = cluster.under_way("fallback", 0, process)
     took("submit, CPU machine, no spot GPU, on-demand GPU, first checkpoint")
@@ -199,7 +199,7 @@ def test_without_spot_capacity_on_demand_comes_and_a_lost_machine_costs_only_its
 def test_a_notice_and_a_lost_head_cost_nothing_that_was_finished(cluster, took):
     cluster.up()
     took("ray up")
-    steps = 900
+    steps = 500
     sweep = cluster.write("notice", [0, 1], steps)
     process = cluster.submit(sweep)
     run = cluster.under_way("notice", 0, process)

@@ -107,7 +107,7 @@ def test_own_machines_come_up_train_lose_one_go_on_stop_and_go_down(
 
     # An unbroken DDP run, to compare with.
     results = lab.shared / "results"
-    ddp = write_sweep("ddp", 800, runtime={"workers": 2, "cpus": 2})
+    ddp = write_sweep("ddp", 480, runtime={"workers": 2, "cpus": 2})
     bgray(laptop, f"submit {FILE} {ddp} --set name=unbroken", timeout=400)
     (unbroken,) = runs(str(results / "unbroken"))
     assert unbroken.state == "finished"
@@ -118,7 +118,7 @@ def test_own_machines_come_up_train_lose_one_go_on_stop_and_go_down(
     process = laptop.popen(
         f"cd project && python -m bgray.cluster submit {FILE} {ddp}", stdout=-1, stderr=-2
     )
-    until(lambda: steps_of(results / "ddp") >= 200, 240, process)
+    until(lambda: steps_of(results / "ddp") >= 120, 240, process)
     (run,) = runs(str(results / "ddp"))
     busy = [w for w in workers if any("RayTrainWorker" in line for _, line in w.processes())]
     assert len(busy) == 2
@@ -135,11 +135,11 @@ def test_own_machines_come_up_train_lose_one_go_on_stop_and_go_down(
     took("DDP with one machine lost")
 
     # A sweep; in the middle of it a trial's process is killed.
-    many = write_sweep("many", 1200, seeds=2)
+    many = write_sweep("many", 800, seeds=2)
     process = laptop.popen(
         f"cd project && python -m bgray.cluster submit {FILE} {many}", stdout=-1, stderr=-2
     )
-    until(lambda: steps_of(results / "many") >= 300, 240, process)
+    until(lambda: steps_of(results / "many") >= 200, 240, process)
     trial = next(r for r in runs(str(results / "many")) if r.state == "running")
     last = trial.info["attempts"][-1]
     next(w for w in workers if w.name == last["host"]).run(f"kill -9 {last['pid']}")
@@ -150,7 +150,7 @@ def test_own_machines_come_up_train_lose_one_go_on_stop_and_go_down(
     assert len(again) == 2
     assert again[1]["from_step"] > 0
     steps = [line["step"] for line in read_lines(f"{trial.url}/metrics.jsonl") if "val" not in line]
-    assert steps == list(range(10, 1201, 10))
+    assert steps == list(range(10, 801, 10))
     took("a sweep with one trial killed")
 
     # Stopped on purpose, it has checkpoints and says so.
