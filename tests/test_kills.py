@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_tensorboard import shown_as_they_are
 
 from bgray.records import read_info, read_lines, runs
 
@@ -388,6 +389,7 @@ def test_a_command_whose_process_was_killed_goes_on_when_given_again(
                 wait_until(lambda c=command: not any(t.startswith(TRIAL) for t in c.left()), 20)
                 litter(folder)
         assert_equal(folder, still.folder)
+        shown_as_they_are(str(folder))  # also what the killed commands have written
     assert count.kills == kills
 
 

@@ -15,7 +15,7 @@ import soundfile
 import yaml
 from PIL import Image
 
-from bgray import storage, tensorboard
+from bgray import records, storage, tensorboard
 from bgray.agenda import Agenda
 from bgray.config import Experiment
 from bgray.context import Context
@@ -95,6 +95,22 @@ def session(reader, kind):
     content = reader.PluginTagToContent("hparams").get(f"_hparams_/{kind}")
     parse = getattr(metadata, f"parse_{kind}_plugin_data")
     return None if content is None else parse(content)
+
+
+def shown_as_they_are(folder):
+    """Every trial is one run in TensorBoard, with the evaluations that its own folder has."""
+    found = multiplexer(f"{folder}/.ray/tune")
+    assert len(found.Runs()) == 1 + len(records.runs(folder))
+    for run in records.runs(folder):
+        (name,) = [name for name in found.Runs() if name.endswith(f"-{run.id}")]
+        reader = found.GetAccumulator(name)
+        tags = reader.Tags()["tensors"]
+        expected = [step for step, _ in records.evaluations(run.url)]
+        got = [e.step for e in reader.Tensors("val/val_stft")] if "val/val_stft" in tags else []
+        assert got == expected
+        assert not [tag for tag in tags if tag.startswith("ray/")]
+        assert "seed" in session(reader, "session_start_info").hparams
+        assert session(reader, "session_end_info") is not None
 
 
 def test_every_number_is_at_its_own_step_under_one_tag(agenda):

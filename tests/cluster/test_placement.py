@@ -154,7 +154,7 @@ def test_a_trial_on_a_machine_that_is_taken_away_goes_on_elsewhere_from_its_step
         cluster.add(num_cpus=2)
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({**tiny, "optim": {"name": "adamw", "lr": 1e-3}}))
-    sets = ["train.steps=1000", "validation.every=100", "runtime.checkpoint_every=500"]
+    sets = ["train.steps=600", "validation.every=100", "runtime.checkpoint_every=500"]
     sets += [f"runtime.workers={workers}", "runtime.cpus=1", "runtime.log_every=10"]
     run = drained_under_a_trial(cluster, path, tmp_path / "results" / "tiny", sets)
     assert run.state == "finished"
