@@ -69,7 +69,7 @@ def test_networks_of_the_same_layers_that_compute_otherwise_are_two(sweep_file, 
     _, (one, other) = expand(path)
     assert module._plan(one.experiment) == module._plan(other.experiment)
     assert said(path) == []
-    monkeypatch.setattr(module, "_equal", lambda one, other: True)
+    monkeypatch.setattr(module, "_outcome", lambda experiment: "")
     assert len(said(path)) == 1
 
 
